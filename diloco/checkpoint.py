@@ -1,0 +1,195 @@
+"""Checkpoints: safetensors a module and a source, one JSON manifest with a checksum of every file.
+
+A checkpoint is written under a temporary name and renamed when its manifest is there, so that it is complete
+or absent. Paths may be fsspec URLs. Nothing is pickled (pitfall L34).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import safetensors.torch
+
+from diloco.messages import ModuleKey, Modules, Shape, SourceId, State, Tensors
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """When and where checkpoints are written; the Hydra group `checkpoint`."""
+
+    every: int = 10  # rounds; 0 = only at the end. One is written at the end and on an interruption in any case
+    keep: int = 2  # the newest so many stay
+    path: str = ""  # folder or fsspec URL that all nodes see; empty = in the run's directory
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"checkpoint.every={self.every} must not be negative (0 = only at the end)")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/")
+        self._fs, self._path = fsspec.core.url_to_fs(self.root)
+
+    def temporary(self, name: str) -> str:
+        """Where the files of checkpoint `name` are written before it is complete."""
+        return f"{self.root}/{name}.tmp"
+
+    def begin(self, name: str) -> None:
+        """Make room for checkpoint `name`; leftovers of an earlier try go."""
+        self._remove(f"{self._path}/{name}.tmp")
+        self._fs.makedirs(f"{self._path}/{name}.tmp", exist_ok=True)
+
+    def complete(self, name: str, manifest: Mapping[str, Any], files: Mapping[str, str], keep: int) -> str:
+        """Write the manifest, rename, and drop all but the `keep` newest. Returns the checkpoint's path."""
+        text = json.dumps({**manifest, "files": dict(files)}, indent=1)
+        with self._fs.open(f"{self._path}/{name}.tmp/{MANIFEST}", "w") as out:
+            out.write(text)
+        self._remove(f"{self._path}/{name}")
+        self._fs.mv(f"{self._path}/{name}.tmp", f"{self._path}/{name}", recursive=True)
+        for old in self.names()[:-keep]:
+            self._remove(f"{self._path}/{old}")
+        return f"{self.root}/{name}"
+
+    def abandon(self, name: str) -> None:
+        """Remove what there is of an incomplete checkpoint."""
+        self._remove(f"{self._path}/{name}.tmp")
+
+    def names(self) -> list[str]:
+        """Complete checkpoints, the oldest first."""
+        if not self._fs.isdir(self._path):
+            return []
+        found = (str(entry).rstrip("/").rpartition("/")[2] for entry in self._fs.ls(self._path, detail=False))
+        return sorted(n for n in found if n.startswith("round-") and self._fs.exists(f"{self._path}/{n}/{MANIFEST}"))
+
+    def newest(self) -> tuple[str, dict[str, Any]]:
+        """Path and manifest of the newest checkpoint whose files are all there with their checksums.
+
+        Raises ValueError, naming what is wrong with each, when there is none.
+        """
+        problems = []
+        for name in reversed(self.names()):
+            manifest = self._sound(name, problems)
+            if manifest is not None:
+                return f"{self.root}/{name}", manifest
+        raise ValueError(
+            f"{self.root} holds no complete checkpoint" + (f": {'; '.join(problems)}" if problems else "")
+        )
+
+    def _sound(self, name: str, problems: list[str]) -> dict[str, Any] | None:
+        try:
+            with self._fs.open(f"{self._path}/{name}/{MANIFEST}", "r") as file:
+                manifest: dict[str, Any] = json.load(file)
+            for relative, sha256 in manifest["files"].items():
+                if _digest(f"{self.root}/{name}/{relative}") != sha256:
+                    problems.append(f"{name}/{relative} has another checksum than its manifest says")
+                    return None
+        except (OSError, ValueError, KeyError) as error:
+            problems.append(f"{name} cannot be read: {error}")
+            return None
+        return manifest
+
+    def _remove(self, path: str) -> None:
+        if self._fs.exists(path):
+            self._fs.rm(path, recursive=True)
+
+
+def write_modules(folder: str, states: Mapping[ModuleKey, State]) -> dict[str, str]:
+    """Write each module's state below `folder`. Returns relative path -> SHA-256. Raises OSError (disk full, ...)."""
+    return {path: _write(f"{folder}/{path}", state) for path, state in _named(states).items()}
+
+
+def write_source(folder: str, source: SourceId, state: State) -> dict[str, str]:
+    """Write one source's state below `folder`. Returns relative path -> SHA-256."""
+    path = f"sources/{source}/state.safetensors"
+    return {path: _write(f"{folder}/{path}", state)}
+
+
+def read_modules(folder: str, keys: list[ModuleKey]) -> dict[ModuleKey, State]:
+    """The states that `write_modules` wrote."""
+    return {key: _read(f"{folder}/{module_path(key)}") for key in keys}
+
+
+def read_source(folder: str, source: SourceId) -> State | None:
+    """The state that `write_source` wrote, or None where that source has none."""
+    path = f"{folder}/sources/{source}/state.safetensors"
+    fs, plain = fsspec.core.url_to_fs(path)
+    return _read(path) if fs.exists(plain) else None
+
+
+def read_values(folder: str) -> Tensors:
+    """The global float32 values of all modules of a checkpoint (of plain runs: one module a slot)."""
+    values: Tensors = {}
+    with fsspec.open(f"{folder}/{MANIFEST}", "r") as file:
+        files = json.load(file)["files"]
+    for path in sorted(files):
+        if path.startswith("modules/"):
+            tensors = _read(f"{folder}/{path}").tensors
+            values |= {n.removeprefix("values/"): t for n, t in tensors.items() if n.startswith("values/")}
+    return values
+
+
+def module_path(key: ModuleKey) -> str:
+    """Where a checkpoint keeps a module: `slot/index` becomes `modules/slot.index.safetensors`."""
+    return f"modules/{key.replace('/', '.')}.safetensors"
+
+
+def describe_modules(modules: Modules, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """What the manifest says of the layout, to be compared by `check_layout`."""
+    return {slot: {name: list(shapes[name]) for name in names} for slot, names in modules.slots.items()}
+
+
+def check_layout(saved: Mapping[str, Any], modules: Modules, shapes: Mapping[str, Shape]) -> None:
+    """Raise ValueError, naming the differing parameters, unless the checkpoint fits this layout and model."""
+    now = describe_modules(modules, shapes)
+    flat_saved = {name: (slot, shape) for slot, names in saved.items() for name, shape in names.items()}
+    flat_now = {name: (slot, shape) for slot, names in now.items() for name, shape in names.items()}
+    differing = [n for n in {**flat_saved, **flat_now} if flat_saved.get(n) != flat_now.get(n)]
+    if differing:
+        first = differing[0]
+        raise ValueError(
+            f"the checkpoint's layout differs in {len(differing)} parameter(s), first {first}: it has"
+            f" {flat_saved.get(first, 'nothing')}, this run {flat_now.get(first, 'nothing')}; use the saved"
+            " model, layout and store.shards"
+        )
+
+
+def _named(states: Mapping[ModuleKey, State]) -> dict[str, State]:
+    return {module_path(key): state for key, state in states.items()}
+
+
+def _write(path: str, state: State) -> str:
+    fs, plain = fsspec.core.url_to_fs(path)
+    fs.makedirs(plain.rpartition("/")[0], exist_ok=True)
+    tensors = {name: value.contiguous() for name, value in state.tensors.items()}
+    data = safetensors.torch.save(tensors, metadata={"meta": json.dumps(state.meta)})
+    with fs.open(plain, "wb") as out:
+        out.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(path: str) -> State:
+    with fsspec.open(path, "rb") as file:
+        data = file.read()
+    length = int.from_bytes(data[:8], "little")
+    meta = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["meta"])
+    return State(tensors=safetensors.torch.load(data), meta=meta)
+
+
+def _digest(path: str) -> str:
+    digest = hashlib.sha256()
+    with fsspec.open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

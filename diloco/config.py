@@ -1,0 +1,194 @@
+"""RunConfig: the objects themselves are the configuration. Every default stands in its own dataclass.
+
+`register` makes a part known by name, for Hydra's command line and for reading a run's `config.yaml` back.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diloco import codec as codecs
+from diloco import inner as inners
+from diloco import merge as merges
+from diloco import outer as outers
+from diloco import schedule as schedules
+from diloco.checkpoint import Checkpoint
+from diloco.codec import Codec
+from diloco.data import Data
+from diloco.inner import Inner
+from diloco.layout import Layout, Whole
+from diloco.merge import Merge
+from diloco.metrics import Metrics
+from diloco.outer import OuterOptimizer
+from diloco.runtime.base import Runtime, Store
+from diloco.runtime.local import Local
+from diloco.runtime.ray_cluster import RayCluster
+from diloco.schedule import Schedule
+from diloco.workload import Workload
+from diloco.workloads.causal_lm import CausalLM
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run. Every field is a key of the command line; the groups hold the parts themselves."""
+
+    name: str = "run"
+    experiment: str = ""  # the named experiment that this came from
+    seed: int = 0
+    islands: int = 2
+    workers: Any = 1  # processes in each island
+    inner_steps: int = 50  # H: inner steps a round
+    rounds: int = 10
+    segment_steps: int = 10  # a round is cut into tasks of at most so many steps; changes no result. 0 = uncut
+    eval_every: int = 1  # rounds; 0 = only at the start and the end
+    resume: str = ""  # a run's directory, or auto
+    init_from: str = ""  # a run's directory or a folder with safetensors: where the weights start
+    threads_per_worker: int = 1
+    gpus_per_worker: float = 0.0
+    imports: list[str] = field(default_factory=list)  # modules with the user's own parts (--import)
+    workload: Workload = field(default_factory=CausalLM)
+    data: Data = field(default_factory=Data)
+    inner: Inner = field(default_factory=inners.AdamW)
+    layout: Layout = field(default_factory=Whole)
+    schedule: Schedule = field(default_factory=schedules.Barrier)
+    merge: Merge = field(default_factory=merges.Mean)
+    outer: OuterOptimizer = field(default_factory=outers.Nesterov)
+    codec: Codec = field(default_factory=codecs.Float32)
+    codec_down: Codec = field(default_factory=codecs.Float32)
+    store: Store = field(default_factory=Store)
+    runtime: Runtime = field(default_factory=RayCluster)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        least = {"seed": 0, "islands": 1, "inner_steps": 1, "rounds": 1, "segment_steps": 0, "eval_every": 0}
+        for key, minimum in {**least, "threads_per_worker": 1, "gpus_per_worker": 0}.items():
+            if vars(self)[key] < minimum:
+                raise ValueError(f"{key}={vars(self)[key]} is too small; give at least {minimum}")
+        if self.workers != 1:
+            raise ValueError(f"workers={self.workers}: an island has one worker so far; use workers=1 and more islands")
+        if not isinstance(self.codec_down, codecs.Float32):
+            raise ValueError("codec_down: only float32 can be sent down so far; leave codec@codec_down=float32")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name={self.name!r} becomes part of a folder's name; use letters, digits, - and _")
+
+
+# group -> choice -> class; what `register` was told
+_PARTS: dict[str, dict[str, type]] = {}
+# config key -> the group its choices come from
+GROUPS = {
+    **{key: key for key in ("workload", "inner", "layout", "schedule", "merge", "outer", "codec", "runtime")},
+    "codec_down": "codec",
+}
+SINGLE = {"data": Data, "store": Store, "checkpoint": Checkpoint, "metrics": Metrics}
+_DEFAULTS = {
+    "workload": "causal_lm", "inner": "adamw", "layout": "whole", "schedule": "barrier", "merge": "mean",
+    "outer": "nesterov", "codec": "float32", "codec_down": "float32", "runtime": "ray_cluster",
+}  # fmt: skip
+
+
+def register(*, group: str, name: str, node: type) -> None:
+    """Make the dataclass `node` the choice `name` of `group`, as in `codec=mine`.
+
+    Raises ValueError for an unknown group, or a name that another class has.
+    """
+    if group not in set(GROUPS.values()):
+        raise ValueError(f"group={group!r} is unknown; use one of {', '.join(sorted(set(GROUPS.values())))}")
+    taken = _PARTS.setdefault(group, {}).get(name)
+    if taken is not None and (taken.__module__, taken.__qualname__) != (node.__module__, node.__qualname__):
+        raise ValueError(f"{group}={name} is already {taken.__module__}.{taken.__qualname__}; use another name")
+    _PARTS[group][name] = node
+    ConfigStore.instance().store(group=group, name=name, node=node)
+
+
+def choice_of(key: str, part: object) -> str:
+    """The registered name of a part, as `config.yaml` records it."""
+    for name, node in _PARTS[GROUPS[key]].items():
+        if node is type(part):
+            return name
+    known = f"{type(part).__module__}.{type(part).__qualname__}"
+    raise ValueError(f"{known} is not registered; call diloco.config.register(group={GROUPS[key]!r}, ...) for it")
+
+
+def choices(group: str) -> list[str]:
+    """The registered names of a group."""
+    return sorted(_PARTS.get(group, {}))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration: all values, and under `choices` which class each group is."""
+    values = {f.name: vars(config)[f.name] for f in fields(config)}
+    plain = {
+        key: OmegaConf.to_container(OmegaConf.structured(value), enum_to_str=True)
+        if key in GROUPS or key in SINGLE
+        else value
+        for key, value in values.items()
+    }
+    chosen = {key: choice_of(key, values[key]) for key in GROUPS}
+    return OmegaConf.to_yaml(OmegaConf.create({"choices": chosen, **plain}))
+
+
+def load(path: Path) -> RunConfig:
+    """Read a run's `config.yaml` back, importing the user's own parts that it names. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the directory of a run")
+    try:
+        return from_mapping(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path} is no configuration of this version: {error}") from error
+
+
+def from_mapping(saved: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig from plain values with `choices`, as `to_yaml` writes them."""
+    saved = dict(saved)
+    chosen = saved.pop("choices")
+    for module in saved.get("imports", []):
+        importlib.import_module(module)
+    parts: dict[str, Any] = {}
+    for key, value in saved.items():
+        if key in GROUPS:
+            node = _PARTS.get(GROUPS[key], {}).get(chosen[key])
+            if node is None:
+                raise ValueError(f"{key}={chosen[key]} is not registered; --import the module that registers it")
+            parts[key] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(node), value))
+        elif key in SINGLE:
+            parts[key] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SINGLE[key]), value))
+        else:
+            parts[key] = value
+    return RunConfig(**parts)
+
+
+def _register_own() -> None:
+    own: dict[str, dict[str, type]] = {
+        "workload": {"causal_lm": CausalLM},
+        "inner": {"adamw": inners.AdamW, "muon": inners.Muon, "sgd": inners.Sgd},
+        "layout": {"whole": Whole},
+        "schedule": {"barrier": schedules.Barrier},
+        "merge": {"mean": merges.Mean},
+        "outer": {"sgd": outers.Sgd, "nesterov": outers.Nesterov},
+        "codec": {"float32": codecs.Float32, "bfloat16": codecs.BFloat16},
+        "runtime": {"local": Local, "ray_cluster": RayCluster},
+    }
+    for group, nodes in own.items():
+        for name, node in nodes.items():
+            register(group=group, name=name, node=node)
+    store = ConfigStore.instance()
+    # The schema is an instance with its groups open: a class default of another class would block a group choice.
+    schema = RunConfig()
+    for key in GROUPS:
+        setattr(schema, key, MISSING)
+    store.store(name="schema", node=schema)
+    defaults: list[Any] = ["schema"]
+    defaults += [{key if key == group else f"{group}@{key}": _DEFAULTS[key]} for key, group in GROUPS.items()]
+    store.store(name="config", node={"defaults": [*defaults, "_self_"]})
+
+
+_register_own()

@@ -1,0 +1,362 @@
+"""Coordinator: events in, commands out. A plain state machine without Ray, torch or a clock.
+
+It decides that enough was heard, for all shards of the store at once: a contribution counts on all
+shards or on none, a round is committed or it is not, and who contributed is on record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from diloco import records
+from diloco.events import (
+    Command,
+    CommitAll,
+    Committed,
+    Event,
+    Finished,
+    Interrupted,
+    Joined,
+    Log,
+    Lost,
+    Measure,
+    Push,
+    Received,
+    Respawn,
+    Run,
+    Save,
+    Saved,
+    Started,
+    Stop,
+    Tick,
+)
+from diloco.messages import EVALUATOR, Commit, IslandId, ModuleKey, Report, SlotName, SourceId, Task
+from diloco.schedule import NoMore, Schedule, Wait
+from diloco.views import Arrival, IslandView, RunView, SourceView
+
+QUEUE_DEPTH = 2  # tasks given to an island at once, so that it never waits for the driver between two
+
+
+class Coordinator:
+    """Owns the `RunView` and updates it event by event; the schedule decides, this carries it out."""
+
+    def __init__(self, *, schedule: Schedule, run: RunView) -> None:
+        self.run = run
+        self._schedule = schedule
+        self._pushing: set[tuple[SourceId, int]] = set()  # handed to the store, not judged yet
+        self._evaluations = 0  # asked for, not answered yet
+        self._measuring = 0  # likewise
+        self._saving = False
+        self._held = False  # a checkpoint is due while the last one is still being written
+        self._draining = ""  # "" | "drain" (no new work) | "export" (islands save) | "save"
+        self._stopped = False
+        self._now_s = 0.0
+
+    def handle(self, event: Event) -> list[Command]:
+        """What to do now. Commands are to be carried out in their order, before the next event is handled."""
+        if self._stopped:
+            return []
+        self._now_s = event.now_s
+        match event:
+            case Started():
+                commands = self._on_started(event)
+            case Finished():
+                commands = self._on_finished(event)
+            case Received():
+                commands = self._on_received(event)
+            case Committed():
+                self._measuring -= 1
+                commands = [records.committed(event, self.run.counters)] if event.stats else []
+            case Saved():
+                commands = self._on_saved(event)
+            case Lost():
+                commands = self._on_lost(event)
+            case Joined():
+                commands = self._on_joined(event)
+            case Interrupted():
+                self._draining = self._draining or "drain"
+                commands = []
+            case Tick():
+                commands = []
+        return commands + self._settle()
+
+    # --- events ---
+
+    def _on_started(self, event: Started) -> list[Command]:
+        commands: list[Command] = []
+        for key, module in self.run.modules.items():
+            if not module.awaited and not module.arrivals:
+                self._open_round(key)
+        if self.run.eval_due(self.run.round) and self.run.counters.evaluated_round < self.run.round:
+            commands.append(self._evaluation())
+        return commands + self._dispatch(self.run.islands)
+
+    def _on_finished(self, event: Finished) -> list[Command]:
+        report, task = event.report, event.report.task
+        if task.island == EVALUATOR:
+            return [self._evaluated(report)]
+        island = self.run.islands[task.island]
+        source = self.run.sources[task.source]
+        if not island.alive or island.queued == 0:
+            return []  # fenced: it was given up for lost, and its work was given out again
+        island.queued -= 1
+        self._count(source, report)
+        commands: list[Command] = [] if task.steps == 0 else [records.segment(report)]
+        if task.send:
+            self._pushing.add((task.source, task.round))
+            commands.append(Push(task=task))
+        elif task.last:
+            source.safe_position = source.round_start
+            self._excuse(source.source, task.modules.values())
+            commands += self._commit_ready(list(task.modules.values()))
+        return commands + self._dispatch([task.island])
+
+    def _on_received(self, event: Received) -> list[Command]:
+        self._pushing.discard((event.source, event.round))
+        keys = [verdict.module for verdict in event.verdicts]
+        source = self.run.sources.get(event.source)
+        modules = [self.run.modules[key] for key in keys]
+        if source is None or any(m.round != event.round or event.source not in m.awaited for m in modules):
+            self.run.counters.late += 1
+            return [records.warning(f"a contribution of source {event.source} to round {event.round} came too late")]
+        for module in modules:
+            module.awaited.discard(event.source)
+        bad = [verdict for verdict in event.verdicts if not verdict.good]
+        commands: list[Command] = []
+        source.settled = [*source.settled, (event.round, not bad)]
+        source.safe_position = source.round_start
+        if bad:
+            source.pending_tokens = 0
+            self.run.counters.rejected += 1
+            for module in modules:
+                module.rejected += 1
+            why = "is not finite" if bad[0].shape_ok else "has the wrong names or shapes"
+            text = f"the contribution of source {event.source} to round {event.round} {why} in module {bad[0].module}"
+            commands.append(records.warning(text + "; all of it was rejected"))
+        else:
+            examples = float(self.run.shard_examples[source.shard])
+            for verdict, module in zip(event.verdicts, modules, strict=True):
+                module.arrivals[event.source] = Arrival(examples=examples, norm=verdict.norm)
+        return commands + self._commit_ready(keys)
+
+    def _on_saved(self, event: Saved) -> list[Command]:
+        self._saving = False
+        commands: list[Command] = []
+        if event.error:
+            commands.append(records.warning(f"the checkpoint {event.path} could not be written: {event.error}"))
+        else:
+            record = {"event": "checkpoint", "round": self.run.round, "path": event.path, "seconds": event.seconds}
+            commands.append(Log(record=record))
+        if self._held:
+            self._held = False
+            save = self._save()
+            commands += [*self._dispatch(self.run.islands), save]
+        elif self._draining == "save":
+            self._stopped = True
+            reason = f"could not write a checkpoint: {event.error}" if event.error else ""
+            commands.append(Stop(status="interrupted", reason=reason))
+        return commands
+
+    def _on_lost(self, event: Lost) -> list[Command]:
+        island = self.run.islands[event.island]
+        if not island.alive:
+            return []
+        self.run.counters.islands_lost += 1
+        island.alive, island.queued = False, 0
+        source = self.run.sources[island.source]
+        keys = list(self.run.path_of(source).values())
+        self._pushing = {pushed for pushed in self._pushing if pushed[0] != source.source}
+        self._excuse(source.source, keys)
+        self._rewind(source, 1 + max(self.run.modules[key].round for key in keys))
+        record = {"event": "lost", "round": self.run.round, "island": event.island, "message": event.reason}
+        return [
+            Log(record=record),
+            Respawn(island=event.island),
+            *self._commit_ready([key for key in keys if self._may_end(key)]),
+        ]
+
+    def _on_joined(self, event: Joined) -> list[Command]:
+        self.run.counters.islands_joined += 1
+        island = self.run.islands[event.island]
+        island.alive, island.queued = True, 0
+        for key in self.run.path_of(self.run.sources[island.source]).values():
+            module = self.run.modules[key]
+            if not module.awaited and not module.arrivals:  # all were lost: the round waits for whoever comes back
+                self._rewind(self.run.sources[island.source], module.round)
+                module.awaited.add(island.source)
+        record = {"event": "joined", "round": self.run.round, "island": event.island}
+        return [Log(record=record), *self._dispatch([event.island])]
+
+    # --- rounds ---
+
+    def _commit_ready(self, touched: list[ModuleKey]) -> list[Command]:
+        commits = self._schedule.commits(self.run, touched, self._now_s)
+        for commit in commits:
+            module = self.run.modules[commit.module]
+            if not commit.sources and module.rejected:
+                self._stopped = True
+                reason = f"all {module.rejected} contributions to round {module.round} were rejected"
+                return [Stop(status="stopped", reason=f"{reason}; the weights of the round before are kept")]
+        contributors = {source for commit in commits for source in commit.sources}
+        self._count_commit(contributors, [commit for commit in commits if commit.sources])
+        for commit in commits:
+            module = self.run.modules[commit.module]
+            module.version += 1 if commit.sources else 0
+            module.round += 1
+            module.rejected = 0
+            module.arrivals.clear()
+            self._open_round(commit.module)
+        real = tuple(commit for commit in commits if commit.sources)
+        commands: list[Command] = [CommitAll(commits=real)] if real else []
+        if commits and min(module.round for module in self.run.modules.values()) > self.run.round:
+            self.run.round += 1
+            commands += self._round_done()
+        if real:
+            self._measuring += 1
+            commands.append(Measure())
+        return commands
+
+    def _round_done(self) -> list[Command]:
+        run = self.run
+        commands: list[Command] = []
+        due = run.save_due(run.round)
+        self._held = due and self._saving  # wait for the earlier checkpoint, so that memory stays bounded
+        if run.eval_due(run.round):
+            commands.append(self._evaluation())
+        if self._held:
+            return commands
+        save = [self._save()] if due else []  # before work is given out, since it keeps what is known now
+        return self._dispatch(run.islands) + commands + save
+
+    def _open_round(self, key: ModuleKey) -> None:
+        module = self.run.modules[key]
+        if module.round == self.run.rounds:
+            return
+        slot = SlotName(key.rpartition("/")[0])
+        for island in self.run.islands.values():
+            if island.alive and self.run.path_of(self.run.sources[island.source]).get(slot) == key:
+                module.awaited.add(island.source)
+
+    def _excuse(self, source: SourceId, keys: Iterable[ModuleKey]) -> None:
+        for key in keys:
+            self.run.modules[key].awaited.discard(source)
+
+    def _may_end(self, key: ModuleKey) -> bool:
+        """Whether a round may end without the island just lost: not when nobody else took part in it."""
+        module = self.run.modules[key]
+        if module.arrivals or module.rejected:
+            return True
+        others = (self.run.sources[island.source] for island in self.run.islands.values() if island.alive)
+        return any(source.round > module.round for source in others)  # dropped by the schedule
+
+    def _rewind(self, source: SourceView, round_: int) -> None:
+        """Give out again what the source had not handed over: it takes part from `round_` on."""
+        source.position = source.round_start = source.safe_position
+        source.round, source.segment, source.pending_tokens = round_, 0, 0
+
+    # --- tasks ---
+
+    def _dispatch(self, islands: Iterable[IslandId]) -> list[Command]:
+        commands: list[Command] = []
+        if self._held or self._draining:
+            return commands
+        for island in islands:
+            view = self.run.islands[island]
+            while view.alive and view.queued < QUEUE_DEPTH:
+                task = self._schedule.next_task(view, self.run, self._now_s)
+                if isinstance(task, Wait | NoMore):
+                    break
+                commands.append(self._give(task, view))
+        return commands
+
+    def _give(self, task: Task, island: IslandView) -> Run:
+        source = self.run.sources[task.source]
+        island.queued += 1
+        source.position += task.steps
+        source.settled = []
+        if task.last:
+            source.round += 1
+            source.segment = 0
+            source.round_start = source.position
+            source.dropped = not task.send
+        else:
+            source.segment += 1
+        return Run(task=task, wants={task.modules[slot]: None for slot in task.install})
+
+    def _bare_task(self, island: IslandId, source: SourceView) -> Task:
+        return Task(
+            source=source.source,
+            island=island,
+            round=self.run.round,
+            segment=0,
+            modules=self.run.path_of(source),
+            install={},
+            keep=0.0,
+            shard=source.shard,
+            first_step=source.position,
+            steps=0,
+            send=(),
+            last=False,
+        )
+
+    def _evaluation(self) -> Run:
+        self._evaluations += 1
+        task = self._bare_task(EVALUATOR, next(iter(self.run.sources.values())))
+        versions = {slot: self.run.modules[key].version for slot, key in task.modules.items()}
+        task = replace(task, install=versions, evaluate="validation")
+        return Run(task=task, wants={key: None for key in task.modules.values()})
+
+    def _save(self) -> Save:
+        self._saving = True
+        return Save(name=self.run.checkpoint_name(), view=self.run.to_json())
+
+    def _settle(self) -> list[Command]:
+        """The end of the run, or the next step of an interruption, once nothing is under way any more."""
+        if self._stopped or self._saving or self._held or self._evaluations or self._measuring or self._pushing:
+            return []
+        alive = [island for island in self.run.islands.values() if island.alive]
+        if any(island.queued for island in alive):
+            return []
+        if self.run.round == self.run.rounds:
+            self._stopped = True
+            return [Stop(status="finished")]
+        if self._draining == "drain":
+            self._draining = "export"
+            tasks = [self._bare_task(island.island, self.run.sources[island.source]) for island in alive]
+            for island in alive:
+                island.queued += 1
+            return [Run(task=replace(task, save=True), wants={}) for task in tasks]
+        if self._draining == "export":
+            self._draining = "save"
+            return [self._save()]
+        return []
+
+    # --- records ---
+
+    def _count(self, source: SourceView, report: Report) -> None:
+        counters = self.run.counters
+        source.pending_tokens += report.tokens
+        counters.inner_steps += report.task.steps
+        counters.inner_s += report.seconds
+        counters.waiting_s += report.waiting_s
+        counters.bytes_up += report.bytes_up
+        counters.bytes_down += report.bytes_down
+
+    def _count_commit(self, contributors: set[SourceId], commits: list[Commit]) -> None:
+        self.run.counters.accepted += len(contributors)
+        self.run.counters.outer_steps += bool(commits)
+        for source in contributors:
+            self.run.counters.tokens += self.run.sources[source].pending_tokens
+            self.run.sources[source].pending_tokens = 0
+
+    def _evaluated(self, report: Report) -> Log:
+        self._evaluations -= 1
+        counters, loss = self.run.counters, report.metrics["eval/loss"]
+        counters.val_loss = loss
+        counters.evaluated_round = report.task.round
+        if counters.initial_val_loss is None:
+            counters.initial_val_loss = loss
+        best = counters.best_val_loss
+        counters.best_val_loss = loss if best is None or loss < best else best
+        return Log(record={"event": "evaluation", "round": report.task.round, **report.metrics})

@@ -1,0 +1,294 @@
+"""What a run shows: a drawing on a terminal, plain lines elsewhere, `log.txt`, and the table at its end."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.live import Live
+    from rich.table import Table
+
+Record: TypeAlias = Mapping[str, object]  # of metrics.jsonl: see diloco/metrics.py
+
+PACE_ROUNDS = 20  # speed and time left are measured over this many of the newest rounds
+REFRESHES_PER_S = 4
+OTHER_LINES = 10  # of the drawing: all but the islands' rows
+STATES = {"lost": "[red]lost[/]", "joined": "[yellow]starting[/]", "end": "[dim]done[/]"}  # else: training
+
+
+class Display:
+    """Progress on standard output: drawn on a terminal, else a line for each commit, evaluation and warning.
+
+    The lines go to `log.txt` in `folder` in both cases.
+    """
+
+    def __init__(
+        self, folder: Path, *, rounds: int, live: bool = True, console: Console | None = None
+    ) -> None:
+        """`console` replaces standard output for the drawing, and is drawn on even if it is no terminal."""
+        if console is None and live and sys.stdout.isatty():
+            from rich.console import Console
+
+            terminal = Console()
+            console = None if terminal.is_dumb_terminal else terminal
+        self._console = console if live else None
+        self._live: Live | None = None
+        self._log = (folder / "log.txt").open("a", encoding="utf-8", errors="replace")
+        self._rounds = rounds
+        self._round = 0
+        self._now = (0.0, time.monotonic())  # the newest record's time_s, and when it came
+        self._start = (0, 0.0)  # round, time_s
+        self._commits: deque[tuple[int, float, float]] = deque(maxlen=PACE_ROUNDS)  # round, time_s, tokens
+        self._sent_bytes = 0.0
+        self._validation: float | None = None
+        self._best: float | None = None
+        self._islands: dict[int, dict[str, object]] = {}  # island -> its newest segment, and what befell it
+
+    def write(self, record: Record) -> None:
+        """Take one record: update the drawing, or print a line."""
+        self._now = (_amount(record, "time_s"), time.monotonic())
+        match record["event"]:
+            case "start":
+                self._begin(int(_amount(record, "round")))
+            case "segment":
+                self._islands.setdefault(int(_amount(record, "island")), {}).update(record)
+            case "commit":
+                self._round = int(_amount(record, "round"))
+                self._sent_bytes = _amount(record, "comm/bytes_up") + _amount(record, "comm/bytes_down")
+                self._commits.append((self._round, self._now[0], _amount(record, "tokens")))
+                self._say(self._commit_line(), show=self._live is None)
+            case "evaluation":
+                self._evaluated(record)
+            case "lost" | "joined" as event:
+                self._islands.setdefault(int(_amount(record, "island")), {})["event"] = event
+                reason = f": {record['message']}" if record.get("message") else ""
+                self._say(f"island {record.get('island')} {event}{reason}")
+            case "warning":
+                self._say(f"warning: {record.get('message')}")
+            case "end":
+                for row in self._islands.values():
+                    row["event"] = "lost" if row["event"] == "lost" else "end"
+                self._stop()
+
+    def message(self, text: str) -> None:
+        """Print `text`, above the drawing if there is one."""
+        self._say(text)
+
+    def summary(self, summary: Mapping[str, object]) -> None:
+        """End the drawing and print `summary_table(summary)`, or its rows as plain lines."""
+        self._stop()
+        rows = _summary_rows(summary)
+        width = max(len(name) for name, _ in rows)
+        for name, text in rows:
+            self._say(f"{name:{width}}  {text}", show=self._console is None)
+        if self._console is not None:
+            self._console.print(summary_table(summary))
+
+    def close(self) -> None:
+        """End the drawing and close log.txt."""
+        self._stop()
+        self._log.close()
+
+    def _begin(self, done: int) -> None:
+        self._round, self._start = done, (done, self._now[0])
+        if self._console is not None and self._live is None:
+            from rich.live import Live
+
+            self._live = Live(self, console=self._console, refresh_per_second=REFRESHES_PER_S)
+            self._live.start(refresh=True)
+
+    def _stop(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+
+    def _say(self, text: str, *, show: bool = True) -> None:
+        with suppress(OSError):
+            self._log.write(text + "\n")
+            self._log.flush()
+        if not show:
+            return
+        if self._console is not None:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            return
+        encoding = sys.stdout.encoding or "utf-8"
+        with suppress(OSError):  # a reader that went away must not stop a run
+            print(text.encode(encoding, "replace").decode(encoding), flush=True)
+
+    def _evaluated(self, record: Record) -> None:
+        self._validation = _number(record, "eval/loss")
+        self._best = min((x for x in (self._validation, self._best) if x is not None), default=None)
+        losses = f"validation loss {_loss(self._validation)}  best {_loss(self._best)}"
+        self._say(f"{self._where(int(_amount(record, 'round')))}  {losses}", show=self._live is None)
+
+    def _where(self, done: int) -> str:
+        return f"round {done:{len(str(self._rounds))}}/{self._rounds}"
+
+    def _commit_line(self) -> str:
+        parts = [self._where(self._round), f"loss {_loss(self._mean_loss())}"]
+        parts += [] if self._validation is None else [f"val {_loss(self._validation)}"]
+        parts += [f"{format_count(self._tokens_per_s())} tokens/s", f"sent {format_bytes(self._sent_bytes)}"]
+        return "  ".join([*parts, f"left {format_duration(self._left_s())}"])
+
+    def _mean_loss(self) -> float | None:
+        rows = [row for row in self._islands.values() if row["event"] != "lost"]
+        known = [loss for loss in (_number(row, "inner/loss") for row in rows) if loss is not None]
+        return sum(known) / len(known) if known else None
+
+    def _tokens_per_s(self) -> float:
+        """Over the newest rounds, waiting included; before there are two, the islands' own speeds in sum."""
+        if len(self._commits) >= 2 and self._commits[-1][1] > self._commits[0][1]:
+            (_, first_s, first), (_, last_s, last) = self._commits[0], self._commits[-1]
+            return (last - first) / (last_s - first_s)
+        return sum(_amount(row, "inner/tokens_per_s") for row in self._islands.values())
+
+    def _left_s(self) -> float | None:
+        if not self._commits:
+            return None
+        first, first_s = self._commits[0][:2] if len(self._commits) >= 2 else self._start
+        last, last_s, _ = self._commits[-1]
+        if last <= first:
+            return None
+        return (self._rounds - last) * (last_s - first_s) / (last - first) - (self._elapsed_s() - last_s)
+
+    def _elapsed_s(self) -> float:
+        return self._now[0] + (time.monotonic() - self._now[1] if self._live is not None else 0.0)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The drawing; Live asks for it from a thread of its own."""
+        try:
+            return list(console.render(self._drawing(options.size.height), options))
+        except Exception:  # whatever the terminal is like, drawing must not stop a run
+            return []
+
+    def _drawing(self, height: int) -> RenderableType:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(no_wrap=True, style="bold")
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        progress = ProgressBar(total=max(1, self._rounds), completed=self._round)
+        left = f"{format_duration(self._elapsed_s())} [dim]left[/] {format_duration(self._left_s())}"
+        bar.add_row(self._where(self._round), progress, left)
+        figures = {
+            "inner loss": _loss(self._mean_loss()),
+            "validation": _loss(self._validation),
+            "best": _loss(self._best),
+            "tokens/s": format_count(self._tokens_per_s()),
+            "sent": format_bytes(self._sent_bytes),
+        }
+        table = _plain_table(*figures)
+        table.add_row(*figures.values(), style="bold")
+        return Group(bar, "", table, "", self._island_table(max(1, height - OTHER_LINES)))
+
+    def _island_table(self, most: int) -> Table:
+        table = _plain_table("island", "round", "loss", "tokens/s", "waited", "state")
+        rows = sorted(self._islands.items())
+        for island, row in rows[:most]:
+            speed, waited = _number(row, "inner/tokens_per_s"), _number(row, "comm/seconds_waiting")
+            table.add_row(
+                str(island),
+                f"{_amount(row, 'round') + 1:.0f}",
+                _loss(_number(row, "inner/loss")),
+                "-" if speed is None else format_count(speed),
+                "-" if waited is None else f"{waited:.1f} s",
+                STATES.get(str(row["event"]), "[green]training[/]"),
+            )
+        if len(rows) > most:
+            table.add_row(*[""] * 5, f"and {len(rows) - most} more")
+        return table
+
+
+def summary_table(summary: Mapping[str, object]) -> Table:
+    """What a run came to: keys of summary.json, and the paths `run_directory`, `checkpoint` and `export`."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in _summary_rows(summary):
+        table.add_row(name, Text(text))  # Text: a path may hold what rich would take for markup
+    return table
+
+
+def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
+    status = [str(summary[key]) for key in ("status", "reason") if summary.get(key)]
+    rows = [(str(summary.get("name", "run")), ": ".join(status))]
+    before, after = _number(summary, "initial_val_loss"), _number(summary, "val_loss")
+    if after is not None:
+        rows.append(("validation loss", f"{_loss(before)} before, {_loss(after)} after"))
+        rows.append(("perplexity", f"{_perplexity(before)} before, {_perplexity(after)} after"))
+    wall = format_duration(_amount(summary, "wall_s"))
+    speed = f"{format_count(_amount(summary, 'tokens_per_s'))} a second"
+    rows += [("tokens", f"{format_count(_amount(summary, 'tokens'))}, {speed}"), ("wall time", wall)]
+    sent = _amount(summary, "bytes_up") + _amount(summary, "bytes_down")
+    rows.append(("bytes sent", format_bytes(sent)))
+    parallel = _amount(summary, "bytes_data_parallel")
+    if sent > 0 and parallel > 0:
+        more = f"{sent / parallel:.3g} times more" if sent > parallel else f"{parallel / sent:.3g} times less"
+        rows.append(("", f"{more} than data parallel would have sent ({format_bytes(parallel)})"))
+    paths = {"run directory": "run_directory", "checkpoint": "checkpoint", "exported model": "export"}
+    return rows + [(name, str(summary[key])) for name, key in paths.items() if summary.get(key)]
+
+
+def format_bytes(nbytes: float) -> str:
+    """Three digits and a decimal unit: 10.4 MB."""
+    count = format_count(nbytes)
+    return f"{count}B" if " " in count else f"{count} B"
+
+
+def format_count(count: float) -> str:
+    """Three digits and a decimal prefix, which the unit may follow: 999, 12.3 k, 1.20 M."""
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while abs(count) >= 999.5 and len(prefixes) > 1:
+        count /= 1000
+        prefixes.pop(0)
+    digits = 0 if not prefixes[0] or abs(count) >= 99.95 else 1 if abs(count) >= 9.995 else 2
+    return f"{count:.{digits}f} {prefixes[0]}".rstrip()
+
+
+def format_duration(seconds: float | None) -> str:
+    """Hours where there are any, minutes and seconds: 0:43, 1:02:03; a question mark for None."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def _number(record: Record, key: str) -> float | None:
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _amount(record: Record, key: str) -> float:
+    return _number(record, key) or 0.0
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"
+
+
+def _perplexity(loss: float | None) -> str:
+    return "-" if loss is None else f"{math.exp(min(loss, 700.0)):,.1f}"
+
+
+def _plain_table(*names: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, header_style="dim", padding=(0, 2, 0, 0), show_edge=False)
+    for name in names:
+        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+    return table

@@ -1,0 +1,149 @@
+"""What the coordinator hears and what it asks for: frozen records, without behaviour.
+
+Each event carries `now_s`, the time on the clock of the runtime (virtual in runtime `local`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from diloco.messages import Commit, CommitStats, IslandId, ModuleKey, Report, SourceId, Task, Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The store is filled and the islands are ready."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """An island, or the evaluator, finished a task."""
+
+    now_s: float
+    report: Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Received:
+    """The store judged all parts of one source's contribution."""
+
+    now_s: float
+    source: SourceId
+    round: int
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """What the commits of a round looked like; arrives some time after they were asked for."""
+
+    now_s: float
+    stats: tuple[CommitStats, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint is complete, or could not be written."""
+
+    now_s: float
+    path: str
+    seconds: float
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """An island is gone."""
+
+    now_s: float
+    island: IslandId
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """An island is ready: respawned, or new."""
+
+    now_s: float
+    island: IslandId
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interrupted:
+    """The user wants the run to stop in a way that it can be resumed."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """Nothing else happened for a while."""
+
+    now_s: float
+
+
+Event: TypeAlias = Started | Finished | Received | Committed | Saved | Lost | Joined | Interrupted | Tick
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Have `task.island` run the task, with these modules pulled for it: key -> the version it already has."""
+
+    task: Task
+    wants: Mapping[ModuleKey, int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """Hand what this task contributed to the store; answered by `Received`."""
+
+    task: Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitAll:
+    """Take these outer steps, before anything that is asked for later."""
+
+    commits: tuple[Commit, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Tell what the last commits looked like, off the way of the round; answered by `Committed`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    """Write a checkpoint of the store as it is now and of each source as last exported; answered by `Saved`."""
+
+    name: str
+    view: Mapping[str, Any]  # RunView.to_json()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Respawn:
+    """Start this island anew; answered by `Joined`."""
+
+    island: IslandId
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """One line of metrics.jsonl."""
+
+    record: Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """The run is over: status finished, stopped (by its own rule) or interrupted."""
+
+    status: str
+    reason: str = ""
+
+
+Command: TypeAlias = Run | Push | CommitAll | Measure | Save | Respawn | Log | Stop

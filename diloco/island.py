@@ -1,0 +1,263 @@
+"""Island: install, train, contribute. Plain and synchronous; what runs it decides about processes and transport."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diloco.codec import Codec, Float32
+from diloco.inner import Inner, set_rate
+from diloco.messages import (
+    Contribution,
+    ModuleKey,
+    Modules,
+    Report,
+    Shape,
+    SlotName,
+    Snapshot,
+    SourceId,
+    State,
+    Task,
+    Tensors,
+)
+from diloco.replica import Single
+from diloco.workload import Batch, Corpus, Workload
+
+
+SAMPLE_TOKENS = 80  # of the text shown at a run's end
+
+
+class Island:
+    """A fast-network group of workers that trains one path at a time.
+
+    Inner-optimizer state belongs to the source that is being trained; it is never averaged and never reset
+    between rounds. Randomness (dropout, sampling) is seeded anew on every step from (seed, source, step), so
+    that neither segments nor a resume nor the island that a source runs on changes a result.
+    """
+
+    def __init__(
+        self,
+        *,
+        workload: Workload,
+        corpus: Corpus,
+        inner: Inner,
+        codec: Codec,
+        device: torch.device,
+        accumulation: int,
+        seed: int,
+        total_steps: int,
+    ) -> None:
+        self._workload, self._corpus, self._inner, self._codec = workload, corpus, inner, codec
+        self._accumulation, self._seed, self._total_steps = accumulation, seed, total_steps
+        self._device, self._dtype = device, inner.compute_dtype(device.type)
+        self._down = Float32()
+        self._replica = Single(workload.build_model(seed), self._device)
+        self._forward: nn.Module = self._replica.model
+        if inner.compile:
+            self._forward = torch.compile(self._forward)  # type: ignore[assignment]
+        self._modules: Modules | None = None
+        self._source: SourceId | None = None
+        self._optimizers = inner.build(self._replica.parameters())
+        self._anchors: Tensors = {}  # CPU float32: what was installed
+        self._base_versions: dict[SlotName, int] = {}
+        self._fresh_since: int | None = None  # step at which empty optimizer state was started with in mid-run
+        self._last_end_s: float | None = None
+
+    def shapes(self) -> dict[str, Shape]:
+        """Name -> shape of each trainable parameter."""
+        return self._replica.shapes()
+
+    def setup(self, modules: Modules) -> None:
+        """Learn which parameters form which slot."""
+        self._modules = modules
+
+    def initial(self, keys: Sequence[ModuleKey], values: Tensors | None = None) -> list[Snapshot]:
+        """The model's present values, or `values`, as version 0 of these modules: what the store is filled with.
+
+        Raises ValueError where `values` lacks a parameter or has another shape.
+        """
+        assert self._modules is not None
+        snapshots = []
+        for key in keys:
+            names = self._modules.slots[self._modules.slot_of(key)]
+            own = self._replica.read(names)
+            if values is not None:
+                wrong = [n for n in names if n not in values or values[n].shape != own[n].shape]
+                if wrong:
+                    shape = tuple(own[wrong[0]].shape)
+                    raise ValueError(f"init_from lacks parameter {wrong[0]} in the model's shape {shape}")
+                own = {name: values[name] for name in names}
+            snapshots.append(Snapshot(module=key, version=0, base_version=None, payload=self._down.encode(own)))
+        return snapshots
+
+    def run(self, task: Task, snapshots: Sequence[Snapshot]) -> tuple[Report, list[Contribution]]:
+        """Do one task: the inner loop of DiLoCo (arXiv:2311.08105, Alg. 1 lines 3-9)."""
+        start_s = time.perf_counter()
+        waiting_s = 0.0 if self._last_end_s is None else start_s - self._last_end_s
+        self._become(task.source, task.first_step)
+        self.install(snapshots, task.keep)  # line 4: theta_i <- theta; the anchor is what was installed
+        train_start_s = time.perf_counter()
+        losses, norms, metrics, tokens = [], [], {}, 0
+        for step in range(task.first_step, task.first_step + task.steps):  # lines 5-8
+            loss, norm, step_tokens, metrics = self._inner_step(task, step)
+            losses.append(loss)
+            norms.append(norm)
+            tokens += step_tokens
+        if losses:
+            metrics["inner/loss"] = float(torch.stack(losses).mean())  # the one point where the device is waited for
+            metrics["inner/grad_norm"] = float(torch.stack(norms).mean())
+        seconds = time.perf_counter() - train_start_s
+        if task.evaluate is not None:
+            found = self._workload.evaluate(self._replica.model, self._corpus, task.evaluate)
+            metrics |= {f"eval/{name}": value for name, value in found.items()}
+        contributions = [self._contribution(task, slot) for slot in task.send]  # line 9
+        self._last_end_s = time.perf_counter()
+        report = Report(
+            task=task,
+            tokens=tokens,
+            seconds=seconds if task.steps else 0.0,
+            waiting_s=waiting_s,
+            bytes_up=sum(c.payload.nbytes for c in contributions),
+            bytes_down=sum(s.payload.nbytes for s in snapshots),
+            metrics=metrics,
+        )
+        return report, contributions
+
+    def install(self, snapshots: Sequence[Snapshot], keep: float = 0.0) -> None:
+        """Write global values into the model, `keep` of its own surviving; the values as installed are the anchor."""
+        assert self._modules is not None
+        for snapshot in snapshots:
+            values = self._down.decode(snapshot.payload)
+            self._replica.write(values, keep)
+            self._anchors |= values
+            self._base_versions[self._modules.slot_of(snapshot.module)] = snapshot.version
+
+    def export(self, source: SourceId) -> State:
+        """Copies of all that belongs to `source`: optimizer state, local weights, anchors, the workload's own."""
+        assert source == self._source or self._source is None
+        names = list(self._replica.parameters())
+        tensors = {f"local/{name}": value.cpu().clone() for name, value in self._replica.read(names).items()}
+        tensors |= {f"anchor/{name}": value.clone() for name, value in self._anchors.items()}
+        extra = self._workload.state()
+        tensors |= {f"workload/{name}": value.cpu().clone() for name, value in extra.tensors.items()}
+        scalars: list[dict[str, Any]] = []
+        for index, optimizer in enumerate(self._optimizers):
+            for number, state in optimizer.state_dict()["state"].items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor):
+                        tensors[f"inner/{index}/{number}/{name}"] = value.cpu().clone()
+                    else:
+                        scalars.append({"at": [index, number, name], "value": value})
+        meta = {
+            "versions": dict(self._base_versions),
+            "scalars": scalars,
+            "fresh_since": self._fresh_since,
+            "workload": extra.meta,
+        }
+        return State(tensors=tensors, meta=meta)
+
+    def load(self, source: SourceId, state: State) -> None:
+        """Become `source` as it was when `export` was called."""
+        self._become(source, 0)
+        parts: dict[str, Tensors] = {"local": {}, "anchor": {}, "inner": {}, "workload": {}}
+        for name, value in state.tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = value
+        self._replica.write(parts["local"], keep=0.0)
+        self._anchors = parts["anchor"]
+        self._base_versions = {SlotName(slot): version for slot, version in state.meta["versions"].items()}
+        self._fresh_since = state.meta["fresh_since"]
+        self._workload.load_state(State(tensors=parts["workload"], meta=state.meta["workload"]))
+        loaded: list[dict[int, dict[str, Any]]] = [{} for _ in self._optimizers]
+        for name, value in parts["inner"].items():
+            index, number, key = name.split("/")
+            loaded[int(index)].setdefault(int(number), {})[key] = value
+        for entry in state.meta["scalars"]:
+            index, number, key = entry["at"]
+            loaded[index].setdefault(number, {})[key] = entry["value"]
+        for optimizer, states in zip(self._optimizers, loaded, strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over the installed float32 values in order of name."""
+        digest = hashlib.sha256()
+        for name in sorted(self._replica.parameters()):
+            digest.update(self._replica.read([name])[name].cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def write_model(self, folder: Path) -> None:
+        """Export the installed model, as the workload does it."""
+        self._workload.export(self._replica.model, self._corpus, folder)
+
+    def sample(self, prompt: str) -> str:
+        """Text from the installed model."""
+        return self._workload.sample(self._replica.model, self._corpus, prompt, tokens=SAMPLE_TOKENS, seed=self._seed)
+
+    # --- the lines of the loop ---
+
+    def _become(self, source: SourceId, step: int) -> None:
+        """Start a source that this island has not trained: empty optimizer state, no anchors."""
+        if self._source == source:
+            return
+        if self._source is not None:
+            self._optimizers = self._inner.build(self._replica.parameters())
+            self._anchors, self._base_versions = {}, {}
+        self._source = source
+        self._fresh_since = step if step > 0 else None
+
+    def _inner_step(self, task: Task, step: int) -> tuple[Tensor, Tensor, int, dict[str, float]]:
+        """One optimizer step on one batch: (loss, gradient norm, tokens, metrics). Does not wait for the device."""
+        torch.manual_seed(random.Random(f"step/{self._seed}/{task.source}/{step}").getrandbits(63))
+        batch = self._workload.batch(self._corpus, task.shard, step)
+        tokens = self._workload.tokens(batch)
+        total = torch.zeros((), device=self._device)
+        metrics: dict[str, float] = {}
+        for part in _micro_batches(batch, self._accumulation):
+            part = {name: value.to(self._device, non_blocking=True) for name, value in part.items()}
+            with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+                loss, metrics = self._workload.loss(self._forward, part)
+            share = self._workload.tokens(part) / tokens
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() * share
+        parameters = list(self._replica.parameters().values())
+        norm = nn.utils.clip_grad_norm_(parameters, self._inner.clip or float("inf"), foreach=True)
+        lr = set_rate(self._optimizers, self._rate_share(step))
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return total, norm, tokens, {**metrics, "inner/lr": lr}
+
+    def _rate_share(self, step: int) -> float:
+        share = self._inner.rate_share(step, self._total_steps)
+        if self._fresh_since is not None and self._inner.fresh_warmup_steps:
+            share *= min((step - self._fresh_since + 1) / self._inner.fresh_warmup_steps, 1.0)
+        return share
+
+    def _contribution(self, task: Task, slot: SlotName) -> Contribution:
+        assert self._modules is not None
+        names = self._modules.slots[slot]
+        local = self._replica.read(names)
+        # float32 minus float32, before any cast for the wire (pitfall L11).
+        delta = {name: self._anchors[name].to(self._device) - local[name] for name in names}
+        return Contribution(
+            module=task.modules[slot],
+            source=task.source,
+            island=task.island,
+            round=task.round,
+            base_version=self._base_versions[slot],
+            payload=self._codec.encode(delta),
+        )
+
+
+def _micro_batches(batch: Batch, parts: int) -> list[Batch]:
+    if parts == 1:
+        return [batch]
+    chunks = {name: value.chunk(parts) for name, value in batch.items()}
+    return [{name: values[i] for name, values in chunks.items()} for i in range(parts)]

@@ -1,0 +1,159 @@
+"""Layouts: which parameters form a slot, and which modules fill the slots of a path.
+
+Slots are made of canonical parameter names, never of nn.Modules, and anything but an exact partition
+is refused: a parameter in no slot would silently never be synchronised.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from diloco.messages import ModuleKey, Modules, Shape, SlotName
+
+
+@dataclass(kw_only=True)
+class Layout(ABC):
+    """Fields are settings; `build` does the splitting."""
+
+    @abstractmethod
+    def build(self, parameters: Mapping[str, Shape], shards: int) -> Modules:
+        """Slots, paths and the shard of each module, for trainable `parameters` (name -> shape).
+
+        Raises ValueError where the slots are no partition.
+        """
+
+
+@dataclass(kw_only=True)
+class Whole(Layout):
+    """One path that holds everything. Without `patterns`, one slot for each shard of the store, balanced by size.
+
+    `patterns` are regular expressions over parameter names (`re.search`), one slot each, which must match
+    every parameter exactly once.
+    """
+
+    patterns: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"layout.patterns: {pattern!r} is no regular expression: {error}") from error
+
+    def build(self, parameters: Mapping[str, Shape], shards: int) -> Modules:
+        """One module a slot, each with index 0."""
+        if self.patterns:
+            names = split(parameters, {f"slot{i}": pattern for i, pattern in enumerate(self.patterns)})
+        else:
+            names = _balanced(parameters, min(shards, len(parameters)))
+        return single_path(names, parameters, shards)
+
+
+def single_path(slots: Mapping[str, Sequence[str]], parameters: Mapping[str, Shape], shards: int) -> Modules:
+    """Modules for a model that all sources share: module `slot/0` for each slot, on the least loaded shard.
+
+    Raises ValueError where `slots` do not partition `parameters`.
+    """
+    check_partition(slots, parameters)
+    path = {SlotName(slot): ModuleKey(f"{slot}/0") for slot in slots}
+    sizes = {path[SlotName(slot)]: _elements(names, parameters) for slot, names in slots.items()}
+    return Modules(
+        slots={SlotName(slot): tuple(names) for slot, names in slots.items()},
+        paths=(path,),
+        shards=place(sizes, shards),
+    )
+
+
+def split(parameters: Mapping[str, Shape], patterns: Mapping[str, str]) -> dict[str, list[str]]:
+    """Parameter names by slot: slot -> regular expression (`re.search`), in the model's order within a slot.
+
+    Raises ValueError naming the parameters that no pattern takes, or that several take.
+    """
+    slots: dict[str, list[str]] = {slot: [] for slot in patterns}
+    for name in parameters:
+        for slot, pattern in patterns.items():
+            if re.search(pattern, name):
+                slots[slot].append(name)
+    check_partition(slots, parameters)
+    return slots
+
+
+def fragments(
+    parameters: Mapping[str, Shape], *, layers_per_fragment: int = 3, strided: bool = True
+) -> dict[str, list[str]]:
+    """Fragments of Streaming DiLoCo (arXiv:2501.18512, section 2.2): blocks by their number, the rest by name.
+
+    A block's number is the first number in its parameters' names (`model.layers.7.mlp...` is block 7).
+    With P fragments of blocks, strided puts block i in fragment i mod P; otherwise consecutive blocks stay
+    together. Parameters outside the blocks (embedding, final norm, head) form one fragment of their own.
+    Raises ValueError where there are no blocks or `layers_per_fragment` is less than 1.
+    """
+    if layers_per_fragment < 1:
+        raise ValueError(f"layers_per_fragment={layers_per_fragment} must be at least 1")
+    blocks: dict[int, list[str]] = {}
+    rest: list[str] = []
+    for name in parameters:
+        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        (rest if number is None else blocks.setdefault(number, [])).append(name)
+    if not blocks:
+        raise ValueError("the model has no numbered blocks to cut into fragments; use layout=whole")
+    num_fragments = math.ceil(len(blocks) / layers_per_fragment)
+    slots: dict[str, list[str]] = {f"blocks.{i}": [] for i in range(num_fragments)}
+    for position, number in enumerate(sorted(blocks)):
+        index = position % num_fragments if strided else position // layers_per_fragment
+        slots[f"blocks.{index}"] += blocks[number]
+    if rest:
+        slots["outside"] = rest
+    check_partition(slots, parameters)
+    return slots
+
+
+def check_partition(slots: Mapping[str, Sequence[str]], parameters: Mapping[str, Shape]) -> None:
+    """Raise ValueError unless every parameter is in exactly one slot and no slot is empty."""
+    counts = dict.fromkeys(parameters, 0)
+    for slot, names in slots.items():
+        if not names:
+            raise ValueError(f"slot {slot} takes no parameter; remove it or mend its pattern")
+        unknown = [name for name in names if name not in counts]
+        if unknown:
+            raise ValueError(f"slot {slot} names {_some(unknown)}, which the model has not")
+        for name in names:
+            counts[name] += 1
+    missing = [name for name, count in counts.items() if count == 0]
+    twice = [name for name, count in counts.items() if count > 1]
+    if missing:
+        raise ValueError(f"no slot takes {_some(missing)}; every trainable parameter must be in exactly one slot")
+    if twice:
+        raise ValueError(f"more than one slot takes {_some(twice)}; every parameter must be in exactly one slot")
+
+
+def place(sizes: Mapping[ModuleKey, int], shards: int) -> dict[ModuleKey, int]:
+    """Which shard holds each module: the largest first, each to the least loaded."""
+    loads = [0] * shards
+    placed: dict[ModuleKey, int] = {}
+    for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
+        shard = loads.index(min(loads))
+        loads[shard] += sizes[key]
+        placed[key] = shard
+    return {key: placed[key] for key in sizes}
+
+
+def _balanced(parameters: Mapping[str, Shape], num_slots: int) -> dict[str, list[str]]:
+    sizes = {ModuleKey(name): math.prod(shape) for name, shape in parameters.items()}
+    slot_of = place(sizes, num_slots)
+    slots: dict[str, list[str]] = {f"whole.{i}": [] for i in range(num_slots)}
+    for name in parameters:
+        slots[f"whole.{slot_of[ModuleKey(name)]}"].append(name)
+    return {slot: names for slot, names in slots.items() if names}
+
+
+def _elements(names: Sequence[str], parameters: Mapping[str, Shape]) -> int:
+    return sum(math.prod(parameters[name]) for name in names)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

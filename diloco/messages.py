@@ -1,0 +1,159 @@
+"""The records that travel between coordinator, islands and store: frozen, without behaviour.
+
+Shapes and units are in the fields' comments. Nothing here imports torch, Ray or a clock, so the
+coordinator can be tested by events alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NewType, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tensors: TypeAlias = "dict[str, Tensor]"  # canonical parameter name -> full (unsharded) tensor
+Shape: TypeAlias = tuple[int, ...]
+
+# Ids are typed, so that a rank can never be looked up in a list of something else (pitfall L22).
+SourceId = NewType("SourceId", int)  # who contributes: the island in DiLoCo, the path in DiPaCo
+IslandId = NewType("IslandId", int)  # a group of workers; EVALUATOR trains nothing
+ShardId = NewType("ShardId", int)  # a part of the training data
+SlotName = NewType("SlotName", str)  # a named group of parameters
+ModuleKey = NewType("ModuleKey", str)  # "slot/index": one set of values that fits a slot
+
+EVALUATOR = IslandId(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modules:
+    """What a `Layout` built: slots partition the trainable parameters; a path names a module for each slot."""
+
+    slots: Mapping[SlotName, tuple[str, ...]]  # the parameter names of each slot, in the model's order
+    paths: tuple[Mapping[SlotName, ModuleKey], ...]  # path index -> which module fills which slot
+    shards: Mapping[ModuleKey, int]  # which shard of the store holds a module
+
+    def slot_of(self, module: ModuleKey) -> SlotName:
+        """The slot that `module` fills: the part of its key before the last slash."""
+        return SlotName(module.rpartition("/")[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Install these modules, train some steps on this data, contribute those slots: a unit of an island's work."""
+
+    source: SourceId
+    island: IslandId
+    round: int
+    segment: int  # which part of the round; only the first installs, only the last sends
+    modules: Mapping[SlotName, ModuleKey]  # the path: a whole runnable model
+    install: Mapping[SlotName, int]  # slots to install before training -> the version to install
+    keep: float  # share of the local weights that survives the install: 0 = take the global ones, 1 = keep its own
+    shard: ShardId
+    first_step: int  # position in the shard's data and in the rate schedule
+    steps: int
+    send: tuple[SlotName, ...]
+    last: bool  # ends the source's round
+    evaluate: str | None = None  # a split to evaluate after installing
+    save: bool = False  # export the source's state after the last step, for a checkpoint
+    settled: tuple[tuple[int, bool], ...] = ()  # (round, accepted) of earlier contributions, for error feedback
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Payload:
+    """Encoded tensors: a small header and one contiguous buffer."""
+
+    codec: str
+    header: bytes  # JSON
+    body: np.ndarray[Any, np.dtype[np.uint8]]  # uint8[n_bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return len(self.header) + int(self.body.nbytes)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Contribution:
+    """Anchor minus local weights of one module by one source. Idempotence key: (module, source, round)."""
+
+    module: ModuleKey
+    source: SourceId
+    island: IslandId
+    round: int
+    base_version: int
+    payload: Payload
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshot:
+    """A module's values at a version. `base_version` None: full float32; else an update on exactly that version."""
+
+    module: ModuleKey
+    version: int
+    base_version: int | None
+    payload: Payload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What an island says of a finished task: under 4 kB, the only thing that the driver fetches."""
+
+    task: Task
+    tokens: int
+    seconds: float  # spent in inner steps
+    waiting_s: float  # between the end of the previous task and the start of this one
+    bytes_up: int
+    bytes_down: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the shard that holds a module found in one contribution to it."""
+
+    module: ModuleKey
+    source: SourceId
+    round: int
+    finite: bool
+    shape_ok: bool
+    norm: float  # L2 norm of the decoded contribution
+
+    @property
+    def good(self) -> bool:
+        """Whether this part of the contribution may count."""
+        return self.finite and self.shape_ok
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """Take one outer step on `module` with the contributions of these sources, in this order."""
+
+    module: ModuleKey
+    round: int
+    sources: tuple[SourceId, ...]
+    weights: tuple[float, ...]  # the examples behind each contribution; the merge normalises them
+    scale: float = 1.0  # multiplies the merged result: staleness damping, sqrt(P)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitStats:
+    """What one module's outer step looked like; squares and dot products add up over modules."""
+
+    module: ModuleKey
+    round: int
+    version: int  # after the step
+    update_square: float  # squared L2 norm of (new values - old values)
+    sources: tuple[SourceId, ...]  # those measured
+    gram: tuple[tuple[float, ...], ...]  # dot products of the contributions of `sources`
+
+
+@dataclass(kw_only=True)
+class State:
+    """Named tensors and JSON values: what a source, a workload or a module saves."""
+
+    tensors: Tensors = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,112 @@
+"""Where a run starts: fresh, from given weights, or where an earlier run's newest checkpoint left off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import safetensors.torch
+from omegaconf import OmegaConf
+
+from diloco import checkpoint as ckpt
+from diloco import config as configuration
+from diloco import rundir
+from diloco.config import RunConfig
+from diloco.messages import Tensors
+
+MAY_DIFFER = ("islands", "workers", "rounds", "runtime", "checkpoint", "metrics", "threads_per_worker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run begins with."""
+
+    config: RunConfig
+    directory: Path
+    checkpoint: str = ""  # empty = fresh
+    manifest: Mapping[str, Any] | None = None
+
+
+def resolve(config: RunConfig, directory: Path | None) -> Start:
+    """Find what `config.resume` names. Writes nothing. Raises ValueError where it cannot be gone on with."""
+    if not config.resume:
+        return Start(config=config, directory=directory or rundir.new_directory(config.name))
+    if config.resume == "auto":
+        for found in rundir.candidates(config.name):
+            if (found / "config.yaml").is_file():
+                saved = configuration.load(found / "config.yaml")
+                if ckpt.CheckpointFolder(checkpoint_root(saved, found)).names():
+                    return _resumed(config, found)
+        return Start(config=config, directory=directory or rundir.new_directory(config.name))
+    path = Path(config.resume).resolve()
+    if not path.is_dir():
+        raise ValueError(f"resume={config.resume} is no directory; give a run's directory, or auto")
+    return _resumed(config, path)
+
+
+def checkpoint_root(config: RunConfig, directory: Path) -> str:
+    """Where a run keeps its checkpoints: in its directory, or below `checkpoint.path` under its name."""
+    if not config.checkpoint.path:
+        return str(directory / "checkpoints")
+    below = directory.relative_to(rundir.RUNS.absolute()) if directory.is_relative_to(rundir.RUNS.absolute()) else None
+    name = "_".join(below.parts) if below is not None else directory.name
+    return f"{config.checkpoint.path.rstrip('/')}/{name}"
+
+
+def starting_values(init_from: str) -> Tensors:
+    """Float32 values by parameter name from a run's newest checkpoint, or from a folder's safetensors files.
+
+    Raises ValueError where there are none.
+    """
+    path = Path(init_from)
+    if (path / "config.yaml").is_file():
+        saved = configuration.load(path / "config.yaml")
+        folder, _ = ckpt.CheckpointFolder(checkpoint_root(saved, path.resolve())).newest()
+        return ckpt.read_values(folder)
+    values: Tensors = {}
+    fs, plain = fsspec.core.url_to_fs(init_from)
+    for file in sorted(fs.glob(f"{plain}/*.safetensors")):
+        with fs.open(file, "rb") as opened:
+            values |= {name: value.float() for name, value in safetensors.torch.load(opened.read()).items()}
+    if not values:
+        raise ValueError(f"init_from={init_from} holds neither a run nor *.safetensors; give a run or an exported model")
+    return values
+
+
+def _resumed(config: RunConfig, directory: Path) -> Start:
+    saved = configuration.load(directory / "config.yaml")
+    if config.store.shards == 0:  # derived once, at the run's start
+        config = replace(config, store=saved.store)
+    differing = _differences(saved, config)
+    if differing:
+        raise ValueError(
+            f"resume={config.resume}: only {', '.join(MAY_DIFFER)} may differ from the saved configuration, but"
+            f" {'; '.join(differing[:3])}"
+        )
+    path, manifest = ckpt.CheckpointFolder(checkpoint_root(saved, directory)).newest()
+    if manifest["view"]["round"] > config.rounds:
+        raise ValueError(f"rounds={config.rounds}: the checkpoint has {manifest['view']['round']} already; give more")
+    return Start(config=config, directory=directory, checkpoint=path, manifest=manifest)
+
+
+def _differences(saved: RunConfig, given: RunConfig) -> list[str]:
+    before, after = (_flat(OmegaConf.create(configuration.to_yaml(config))) for config in (saved, given))
+    found = []
+    for key in sorted({*before, *after}):
+        top = key.removeprefix("choices.").partition(".")[0]
+        if top not in (*MAY_DIFFER, "resume", "experiment", "imports") and before.get(key) != after.get(key):
+            found.append(f"{key}={after.get(key)} was {before.get(key)}")
+    return found
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in OmegaConf.to_container(node).items() if OmegaConf.is_config(node) else node.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,60 @@
+"""A run's directory: its name, the link to the newest one, and what the environment was."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+RUNS = Path("runs")
+
+
+def new_directory(name: str) -> Path:
+    """`runs/<date>_<time>_<name>`, not made yet; a number is added where it is taken."""
+    stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}"
+    path, number = RUNS / stem, 1
+    while path.exists():
+        number += 1
+        path = RUNS / f"{stem}-{number}"
+    return path.absolute()
+
+
+def point_latest(directory: Path) -> None:
+    """Make `latest` beside the run point at it; nothing where the file system has no links."""
+    link = directory.parent / "latest"
+    temporary = directory.parent / f".latest-{os.getpid()}"
+    try:
+        temporary.symlink_to(directory.name)
+        os.replace(temporary, link)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def candidates(name: str) -> list[Path]:
+    """The directories of runs of this name, the newest first."""
+    return sorted((path.absolute() for path in RUNS.glob(f"*_{name}") if path.is_dir()), reverse=True)
+
+
+def environment() -> dict[str, object]:
+    """Versions of what the result depends on, and the commit of the code."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "ray", "transformers")}
+    return {"git_commit": _git_commit(), "versions": {"python": platform.python_version(), **packages}}
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this code lies in; None where it is installed without one."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

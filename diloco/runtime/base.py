@@ -1,0 +1,152 @@
+"""What a runtime is: it carries out the coordinator's commands and tells it what happened."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diloco.codec import Codec
+from diloco.events import CommitAll, Event, Measure, Push, Respawn, Run
+from diloco.inner import Inner
+from diloco.island import Island
+from diloco.merge import Merge
+from diloco.messages import ModuleKey, Modules, Shape, SourceId, Tensors
+from diloco.outer import OuterOptimizer
+from diloco.store import ModuleStore
+from diloco.workload import Corpus, Workload
+
+if TYPE_CHECKING:
+    from diloco.data import Data
+
+MAX_DERIVED_SHARDS = 8
+
+
+@dataclass(kw_only=True)
+class Store:
+    """The module store; the Hydra group `store`."""
+
+    shards: int = 0  # actors that the store is spread over; 0 = as many as islands, at most 8
+
+    def __post_init__(self) -> None:
+        if self.shards < 0:
+            raise ValueError(f"store.shards={self.shards} must not be negative (0 = derived from islands)")
+
+    def resolved(self, islands: int) -> int:
+        """How many shards there are."""
+        return self.shards or min(islands, MAX_DERIVED_SHARDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The parts of a run, as every process of it gets them."""
+
+    workload: Workload
+    data: Data
+    inner: Inner
+    merge: Merge
+    outer: OuterOptimizer
+    codec: Codec
+    seed: int
+    islands: int
+    shards: int
+    total_steps: int
+    threads_per_worker: int
+    gpus_per_worker: float
+    imports: tuple[str, ...]
+
+    def corpus(self) -> Corpus:
+        """The prepared corpus, from the cache of this machine where it is there."""
+        return self.workload.corpus(self.data, seed=self.seed, shards=self.islands)
+
+    def make_island(self, corpus: Corpus, *, gpus: float) -> Island:
+        """An island, or the evaluator."""
+        return Island(
+            workload=copy.deepcopy(self.workload),  # it may keep state of its source
+            corpus=corpus,
+            inner=self.inner,
+            codec=self.codec,
+            device=torch.device("cuda" if gpus > 0 else "cpu"),
+            accumulation=self.data.accumulation,
+            seed=self.seed,
+            total_steps=self.total_steps,
+        )
+
+    def make_store(self) -> ModuleStore:
+        """One shard of the store, empty."""
+        return ModuleStore(outer=self.outer, merge=self.merge, codec=self.codec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Final:
+    """What the evaluator and the store say at the end."""
+
+    weights_sha256: str
+    outer_digests: dict[str, str]
+    sample: str
+
+
+class Backend(ABC):
+    """The processes of one run. Used in the order of the methods; `close` in any case."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, Shape]:
+        """Start what is needed to know the model, and tell its trainable parameters."""
+
+    @abstractmethod
+    def setup(self, modules: Modules) -> None:
+        """Start islands and shards, and tell them the layout."""
+
+    @abstractmethod
+    def fill(self, values: Tensors | None) -> None:
+        """Fill the store with the model's initial values, or with `values`."""
+
+    @abstractmethod
+    def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
+        """Give store and islands what a checkpoint holds; `sources`: source -> the island that lends it its workers."""
+
+    @abstractmethod
+    def carry_out(self, command: Run | Push | CommitAll | Measure | Respawn) -> None:
+        """Begin what the coordinator asked for; what was asked for earlier takes effect first."""
+
+    @abstractmethod
+    def save(self, root: str, name: str, manifest: Mapping[str, Any], keep: int) -> None:
+        """Begin to write a checkpoint of the store as it is after all commands so far."""
+
+    @abstractmethod
+    def next_event(self) -> Event:
+        """Wait for the next thing that happens."""
+
+    @abstractmethod
+    def now_s(self) -> float:
+        """The runtime's clock."""
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """Make the next event an `Interrupted`. Called by a signal handler."""
+
+    @abstractmethod
+    def finish(self, folder: str | None, prompt: str) -> Final:
+        """Install the global weights on the evaluator, digest them, and export to `folder` where one is given."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all processes and free what they held. Never raises for what is already gone."""
+
+
+@dataclass(kw_only=True)
+class Runtime(ABC):
+    """Where the parts of a run live; the Hydra group `runtime`."""
+
+    @abstractmethod
+    def open(self, job: Job) -> Backend:
+        """Check that `job` can run here (ValueError: what was asked, what there is) and prepare to start it."""
+
+
+def placed(modules: Modules, shard: int) -> list[ModuleKey]:
+    """The modules that a shard of the store holds."""
+    return [key for key, holder in modules.shards.items() if holder == shard]

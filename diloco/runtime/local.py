@@ -1,0 +1,183 @@
+"""Runtime `local`: everything in one process under a virtual clock; deterministic, also when islands are unequal."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diloco import checkpoint as ckpt
+from diloco.events import CommitAll, Committed, Event, Finished, Interrupted, Joined, Measure, Push, Received
+from diloco.events import Respawn, Run, Saved
+from diloco.island import Island
+from diloco.messages import EVALUATOR, Contribution, IslandId, ModuleKey, Modules, Shape, SourceId, State, Task, Tensors
+from diloco.runtime.base import Backend, Final, Job, Runtime, placed
+
+
+@dataclass(kw_only=True)
+class Local(Runtime):
+    """One process. Islands take turns in the order of a virtual clock."""
+
+    seconds_per_step: list[float] = field(default_factory=list)  # virtual, one number an island; empty = 1 for all
+
+    def __post_init__(self) -> None:
+        if any(not seconds > 0 for seconds in self.seconds_per_step):
+            raise ValueError(f"runtime.seconds_per_step={self.seconds_per_step} must hold positive numbers")
+
+    def open(self, job: Job) -> Backend:
+        """Checks that there is a speed for each island."""
+        if self.seconds_per_step and len(self.seconds_per_step) != job.islands:
+            raise ValueError(
+                f"runtime.seconds_per_step has {len(self.seconds_per_step)} numbers for {job.islands} islands;"
+                " give one each"
+            )
+        return LocalBackend(job, self.seconds_per_step or [1.0] * job.islands)
+
+
+class LocalBackend(Backend):
+    """Islands and shards as plain objects; a heap of what happens when."""
+
+    def __init__(self, job: Job, seconds_per_step: list[float]) -> None:
+        self._job, self._seconds_per_step = job, seconds_per_step
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(job.threads_per_worker)
+        self._islands: dict[IslandId, Island] = {}
+        self._frozen: dict[SourceId, State] = {}
+        self._sent: dict[tuple[SourceId, int], list[Contribution]] = {}
+        self._free_at_s: dict[IslandId, float] = {}  # when an island is done with what it was given
+        self._clock_s = 0.0
+        self._events: list[tuple[float, int, Event]] = []
+        self._count = 0
+        self._interrupted = False
+
+    def shapes(self) -> dict[str, Shape]:
+        """Makes the evaluator."""
+        self._corpus = self._job.corpus()
+        self._islands[EVALUATOR] = self._make_island()
+        return self._islands[EVALUATOR].shapes()
+
+    def setup(self, modules: Modules) -> None:
+        """Makes islands and shards."""
+        self._modules = modules
+        for index in range(self._job.islands):
+            self._islands[IslandId(index)] = self._make_island()
+        for island in self._islands.values():
+            island.setup(modules)
+        self._shards = [self._job.make_store() for _ in range(self._job.shards)]
+
+    def fill(self, values: Tensors | None) -> None:
+        """From the evaluator's fresh model."""
+        for index, shard in enumerate(self._shards):
+            shard.fill(self._islands[EVALUATOR].initial(placed(self._modules, index), values))
+
+    def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
+        """Reads every file at once."""
+        for index, shard in enumerate(self._shards):
+            shard.load_state(ckpt.read_modules(checkpoint, placed(self._modules, index)))
+        for source, island in sources.items():
+            state = ckpt.read_source(checkpoint, source)
+            if state is not None:
+                self._islands[IslandId(island)].load(source, state)
+
+    def carry_out(self, command: Run | Push | CommitAll | Measure | Respawn) -> None:
+        """Does it now; what it leads to happens when the virtual clock says."""
+        match command:
+            case Run():
+                self._run(command.task, command.wants)
+            case Push():
+                self._push(command.task)
+            case CommitAll():
+                for commit in command.commits:
+                    self._shards[self._modules.shards[commit.module]].commit(commit)
+            case Measure():
+                stats = [found for shard in self._shards for found in shard.measure()]
+                self._later(0.0, Committed(now_s=self._clock_s, stats=tuple(stats)))
+            case Respawn():
+                self._islands[command.island] = self._make_island()
+                self._islands[command.island].setup(self._modules)
+                self._later(0.0, Joined(now_s=self._clock_s, island=command.island))
+
+    def save(self, root: str, name: str, manifest: Mapping[str, Any], keep: int) -> None:
+        """Writes at once."""
+        start_s = time.perf_counter()
+        folder = ckpt.CheckpointFolder(root)
+        error = ""
+        try:
+            folder.begin(name)
+            files: dict[str, str] = {}
+            for shard in self._shards:
+                files |= ckpt.write_modules(folder.temporary(name), shard.state())
+            for source, state in self._frozen.items():
+                files |= ckpt.write_source(folder.temporary(name), source, state)
+            path = folder.complete(name, manifest, files, keep)
+        except OSError as problem:
+            folder.abandon(name)
+            error, path = str(problem), f"{root}/{name}"
+        seconds = time.perf_counter() - start_s
+        self._later(0.0, Saved(now_s=self._clock_s, path=path, seconds=seconds, error=error))
+
+    def next_event(self) -> Event:
+        """The earliest event; moves the clock to it."""
+        if self._interrupted:
+            self._interrupted = False
+            return Interrupted(now_s=self._clock_s)
+        assert self._events, "the run waits for something that will never happen"
+        self._clock_s, _, event = heapq.heappop(self._events)
+        return event
+
+    def now_s(self) -> float:
+        """Virtual seconds."""
+        return self._clock_s
+
+    def interrupt(self) -> None:
+        """Takes effect before the next event."""
+        self._interrupted = True
+
+    def finish(self, folder: str | None, prompt: str) -> Final:
+        """On the evaluator."""
+        evaluator = self._islands[EVALUATOR]
+        snapshots = [s for shard in self._shards for s in shard.pull(dict.fromkeys(shard.keys()))]
+        evaluator.install(snapshots)
+        if folder is not None:
+            evaluator.write_model(Path(folder))
+        digests = {name: digest for shard in self._shards for name, digest in shard.outer_digests().items()}
+        sample = evaluator.sample(prompt) if folder is not None else ""
+        return Final(weights_sha256=evaluator.weights_sha256(), outer_digests=digests, sample=sample)
+
+    def close(self) -> None:
+        """Gives torch its threads back."""
+        torch.set_num_threads(self._threads_before)
+
+    def _make_island(self) -> Island:
+        return self._job.make_island(self._corpus, gpus=self._job.gpus_per_worker)
+
+    def _run(self, task: Task, wants: Mapping[ModuleKey, int | None]) -> None:
+        snapshots = []
+        for index, shard in enumerate(self._shards):
+            snapshots += shard.pull({key: have for key, have in wants.items() if self._modules.shards[key] == index})
+        with torch.random.fork_rng():  # an island seeds the generator, which here is the user's own
+            report, contributions = self._islands[task.island].run(task, snapshots)
+        if task.send:
+            self._sent[task.source, task.round] = contributions
+        if task.save:
+            self._frozen[task.source] = self._islands[task.island].export(task.source)
+        speed = 0.0 if task.island == EVALUATOR else self._seconds_per_step[task.island]
+        start_s = max(self._clock_s, self._free_at_s.get(task.island, 0.0))
+        self._free_at_s[task.island] = start_s + speed * task.steps
+        end_s = self._free_at_s[task.island]
+        self._later(end_s - self._clock_s, Finished(now_s=end_s, report=report))
+
+    def _push(self, task: Task) -> None:
+        sent = self._sent.pop((task.source, task.round))
+        verdicts = [self._shards[self._modules.shards[c.module]].push(c) for c in sent]
+        event = Received(now_s=self._clock_s, source=task.source, round=task.round, verdicts=tuple(verdicts))
+        self._later(0.0, event)
+
+    def _later(self, delay_s: float, event: Event) -> None:
+        self._count += 1
+        heapq.heappush(self._events, (self._clock_s + delay_s, self._count, event))

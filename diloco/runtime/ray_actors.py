@@ -1,0 +1,140 @@
+"""What runs inside Ray's actors: thin shells around Island and ModuleStore.
+
+Methods of the group `io` run in a thread of their own, so that checkpoints are written while the actor works on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from diloco import checkpoint as ckpt
+from diloco.messages import (
+    EVALUATOR,
+    Commit,
+    CommitStats,
+    Contribution,
+    IslandId,
+    ModuleKey,
+    Modules,
+    Shape,
+    Snapshot,
+    SourceId,
+    State,
+    Task,
+    Tensors,
+    Verdict,
+)
+from diloco.runtime.base import Job
+
+
+class IslandShell:
+    """One island, or the evaluator."""
+
+    def __init__(self, job: Job, island: IslandId) -> None:
+        _prepare(job)
+        self._gpus = job.gpus_per_worker if island != EVALUATOR else 0.0
+        self._island = job.make_island(job.corpus(), gpus=self._gpus)
+        self._frozen: dict[SourceId, State] = {}
+
+    def shapes(self) -> dict[str, Shape]:
+        """The model's trainable parameters."""
+        return self._island.shapes()
+
+    def setup(self, modules: Modules) -> str:
+        """Returns the node that this actor runs on."""
+        self._island.setup(modules)
+        return str(ray.get_runtime_context().get_node_id())
+
+    def initial(self, keys: Sequence[ModuleKey], values: Tensors | None) -> list[Snapshot]:
+        """Version 0 of these modules."""
+        return self._island.initial(keys, values)
+
+    def load(self, checkpoint: str, source: SourceId) -> None:
+        """Become a source of a checkpoint, where it has that source."""
+        state = ckpt.read_source(checkpoint, source)
+        if state is not None:
+            self._island.load(source, state)
+
+    def run(self, task: Task, snapshots: Sequence[Any], groups: Sequence[Sequence[ModuleKey]]) -> Any:
+        """The report, then one list of contributions for each group of modules (a shard of the store)."""
+        # One fetch after the other, in the order given: at once they would get in each other's way on slow links.
+        pulled = [snapshot for ref in snapshots for snapshot in ray.get(ref)]
+        report, contributions = self._island.run(task, pulled)
+        if task.save:
+            self._frozen[task.source] = self._island.export(task.source)
+        parts = [[c for c in contributions if c.module in keys] for keys in groups]
+        return (report, *parts) if parts else report
+
+    @ray.method(concurrency_group="io")
+    def write(self, folder: str, source: SourceId) -> dict[str, str]:
+        """Write what the last task with `save` left of this source."""
+        return ckpt.write_source(folder, source, self._frozen[source])
+
+    def finish(self, snapshots: Sequence[Any], folder: str | None, prompt: str) -> tuple[str, str]:
+        """Install the final weights; export and sample where there is a folder. Returns (SHA-256, sample)."""
+        self._island.install([snapshot for ref in snapshots for snapshot in ray.get(ref)])
+        if folder is not None:
+            self._island.write_model(Path(folder))
+        return self._island.weights_sha256(), self._island.sample(prompt) if folder is not None else ""
+
+
+class ShardShell:
+    """One shard of the store."""
+
+    def __init__(self, job: Job) -> None:
+        _prepare(job)
+        self._store = job.make_store()
+        self._frozen: dict[str, dict[ModuleKey, State]] = {}
+
+    def fill(self, snapshots: list[Snapshot]) -> None:
+        """Starting values."""
+        self._store.fill(snapshots)
+
+    def load(self, checkpoint: str, keys: list[ModuleKey]) -> None:
+        """What a checkpoint holds of these modules."""
+        self._store.load_state(ckpt.read_modules(checkpoint, keys))
+
+    def push(self, contributions: list[Contribution]) -> list[Verdict]:
+        """Judge and keep."""
+        return [self._store.push(contribution) for contribution in contributions]
+
+    def commit(self, commits: Sequence[Commit]) -> list[int]:
+        """Outer steps; returns the versions."""
+        return [self._store.commit(commit) for commit in commits]
+
+    def pull(self, have: Mapping[ModuleKey, int | None]) -> list[Snapshot]:
+        """What the receiver lacks."""
+        return self._store.pull(have)
+
+    def measure(self) -> list[CommitStats]:
+        """What the last commits looked like."""
+        return self._store.measure()
+
+    def freeze(self, name: str) -> None:
+        """Copy what checkpoint `name` is to hold."""
+        self._frozen[name] = self._store.state()
+
+    @ray.method(concurrency_group="io")
+    def write(self, folder: str, name: str, frozen: None) -> dict[str, str]:
+        """Write what `freeze` copied; `frozen` is its answer, so that Ray calls this after it."""
+        return ckpt.write_modules(folder, self._frozen.pop(name))
+
+    def outer_digests(self) -> dict[str, str]:
+        """SHA-256 of each outer state tensor."""
+        return self._store.outer_digests()
+
+
+def _prepare(job: Job) -> None:
+    torch.set_num_threads(job.threads_per_worker)
+    for module in job.imports:  # registers the user's own parts here too
+        importlib.import_module(module)
+
+
+IslandActor: Any = ray.remote(concurrency_groups={"io": 1})(IslandShell)
+ShardActor: Any = ray.remote(concurrency_groups={"io": 1})(ShardShell)

@@ -1,0 +1,270 @@
+"""Runtime `ray_cluster`: islands, evaluator and the shards of the store as Ray actors, on one machine or many.
+
+The driver handles references only. Weights go from actor to actor as flat uint8 buffers; what the driver
+fetches are reports, verdicts and statistics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from diloco import checkpoint as ckpt
+from diloco.events import CommitAll, Committed, Event, Finished, Interrupted, Joined, Lost, Measure, Push, Received
+from diloco.events import Respawn, Run, Saved, Tick
+from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SourceId, Task, Tensors
+from diloco.runtime.base import Backend, Final, Job, Runtime, placed
+from diloco.runtime.ray_actors import IslandActor, ShardActor
+from diloco.runtime.ray_refs import Pending, Ref, get, short
+from diloco.runtime.ray_start import connect
+
+
+@dataclass(kw_only=True)
+class RayCluster(Runtime):
+    """Ray actors: on the cluster at `address` or RAY_ADDRESS where there is one, else on this machine."""
+
+    address: str = ""
+    tick_s: float = 1.0  # how often the coordinator hears of the time when nothing else happens
+    object_store_bytes: int = 1 << 30  # where Ray is started here; kept small, since untouched memory is slow
+
+    def __post_init__(self) -> None:
+        if not self.tick_s > 0:
+            raise ValueError(f"runtime.tick_s={self.tick_s} must be positive")
+        if self.object_store_bytes < 80 << 20:
+            raise ValueError(f"runtime.object_store_bytes={self.object_store_bytes} is less than 80 MiB")
+
+    def open(self, job: Job) -> Backend:
+        """Connects, or starts Ray; refuses more islands than can be placed."""
+        connect(job, address=self.address, object_store_bytes=self.object_store_bytes)
+        return RayBackend(job, tick_s=self.tick_s)
+
+
+class RayBackend(Backend):
+    """The driver's side: references in, events out."""
+
+    def __init__(self, job: Job, *, tick_s: float) -> None:
+        self._job, self._tick_s = job, tick_s
+        self._start_s = time.monotonic()
+        self._islands: dict[IslandId, Any] = {}
+        self._shards: list[Any] = []
+        self._nodes: dict[IslandId, str] = {}
+        self._pending = Pending()
+        self._events: deque[Event] = deque()
+        self._sent: dict[tuple[SourceId, int], list[tuple[int, Ref]]] = {}
+        self._pulled: dict[tuple[int, str, tuple[tuple[ModuleKey, int | None], ...]], Ref] = {}
+        self._exported: dict[SourceId, IslandId] = {}
+        self._checkpoint = ""  # the newest complete one
+        self._interrupted = False
+
+    # --- start ---
+
+    def shapes(self) -> dict[str, Shape]:
+        """Starts all actors at once, so that their imports overlap; waits for the evaluator."""
+        shard = ShardActor.options(num_cpus=0, scheduling_strategy="SPREAD")
+        for index in [EVALUATOR, *range(self._job.islands)]:
+            self._islands[IslandId(index)] = self._spawn(IslandId(index))
+        self._shards = [shard.remote(self._job) for _ in range(self._job.shards)]
+        found: dict[str, Shape] = get(self._islands[EVALUATOR].shapes.remote())
+        return found
+
+    def setup(self, modules: Modules) -> None:
+        """Tells all islands, and waits until they are ready."""
+        self._modules = modules
+        refs = {island: actor.setup.remote(modules) for island, actor in self._islands.items()}
+        self._nodes = {island: get(ref) for island, ref in refs.items()}
+
+    def fill(self, values: Tensors | None) -> None:
+        """The evaluator's fresh weights go to the shards directly."""
+        evaluator = self._islands[EVALUATOR]
+        refs = [
+            shard.fill.remote(evaluator.initial.remote(placed(self._modules, index), values))
+            for index, shard in enumerate(self._shards)
+        ]
+        get(refs)
+
+    def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
+        """Shards and islands read their own files."""
+        self._checkpoint = checkpoint
+        refs = [
+            shard.load.remote(checkpoint, placed(self._modules, index)) for index, shard in enumerate(self._shards)
+        ]
+        refs += [self._islands[IslandId(i)].load.remote(checkpoint, source) for source, i in sources.items()]
+        get(refs)
+
+    # --- commands ---
+
+    def carry_out(self, command: Run | Push | CommitAll | Measure | Respawn) -> None:
+        """Submits; actors keep the order in which they are asked."""
+        match command:
+            case Run():
+                self._run(command.task, command.wants)
+            case Push():
+                self._push(command.task)
+            case CommitAll():
+                self._pulled.clear()
+                by_shard: dict[int, list[Any]] = {}
+                for commit in command.commits:
+                    by_shard.setdefault(self._modules.shards[commit.module], []).append(commit)
+                self._pending.add([self._shards[i].commit.remote(c) for i, c in by_shard.items()], _raise_errors)
+            case Measure():
+                self._pending.add([shard.measure.remote() for shard in self._shards], self._on_measured)
+            case Respawn():
+                self._respawn(command.island)
+
+    def save(self, root: str, name: str, manifest: Mapping[str, Any], keep: int) -> None:
+        """Shards freeze a copy in their queue's order and write it in another thread."""
+        start_s = time.monotonic()
+        folder = ckpt.CheckpointFolder(root)
+
+        def done(answers: list[dict[str, str]], error: Exception | None) -> None:
+            path, problem = f"{root}/{name}", "" if error is None else short(error)
+            if error is None:
+                files = {path: digest for answer in answers for path, digest in answer.items()}
+                try:
+                    self._checkpoint = path = folder.complete(name, manifest, files, keep)
+                except OSError as failure:
+                    problem = str(failure)
+            if problem:
+                folder.abandon(name)
+            seconds = time.monotonic() - start_s
+            self._events.append(Saved(now_s=self.now_s(), path=path, seconds=seconds, error=problem))
+
+        try:
+            folder.begin(name)
+        except OSError as failure:
+            return done([], failure)
+        temporary = folder.temporary(name)
+        refs = [shard.write.remote(temporary, name, shard.freeze.remote(name)) for shard in self._shards]
+        refs += [self._islands[island].write.remote(temporary, source) for source, island in self._exported.items()]
+        self._pending.add(refs, done)
+
+    # --- events ---
+
+    def next_event(self) -> Event:
+        """Waits for the first answer; a Tick when none comes for a while."""
+        while True:
+            if self._interrupted:
+                self._interrupted = False
+                return Interrupted(now_s=self.now_s())
+            if self._events:
+                return self._events.popleft()
+            if not self._pending.wait(self._tick_s):
+                return Tick(now_s=self.now_s())
+
+    def now_s(self) -> float:
+        """Seconds since the backend was made."""
+        return time.monotonic() - self._start_s
+
+    def interrupt(self) -> None:
+        """Seen at the latest after a tick."""
+        self._interrupted = True
+
+    # --- end ---
+
+    def finish(self, folder: str | None, prompt: str) -> Final:
+        """On the evaluator; only digests and the sample come back."""
+        snapshots = [shard.pull.remote(dict.fromkeys(placed(self._modules, i))) for i, shard in enumerate(self._shards)]
+        digest, sample = get(self._islands[EVALUATOR].finish.remote(snapshots, folder, prompt))
+        digests = get([shard.outer_digests.remote() for shard in self._shards])
+        return Final(
+            weights_sha256=digest, outer_digests={k: v for part in digests for k, v in part.items()}, sample=sample
+        )
+
+    def close(self) -> None:
+        """Ends the actors; a Ray that was started here ends with them."""
+        self._pending.clear()
+        for actor in [*self._islands.values(), *self._shards]:
+            ray.kill(actor)
+        ray.shutdown()
+
+    # --- inside ---
+
+    def _spawn(self, island: IslandId) -> Any:
+        evaluator = island == EVALUATOR
+        cpus = 0 if evaluator else self._job.threads_per_worker
+        gpus = 0.0 if evaluator else self._job.gpus_per_worker
+        # The evaluator exports to the run's directory, so it lives where the driver does.
+        home = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        actor = IslandActor.options(
+            num_cpus=cpus, num_gpus=gpus, scheduling_strategy=home if evaluator else "SPREAD"
+        )
+        return actor.remote(self._job, island)
+
+    def _run(self, task: Task, wants: Mapping[ModuleKey, int | None]) -> None:
+        island = self._islands[task.island]
+        shards = sorted({self._modules.shards[task.modules[slot]] for slot in task.send})
+        by_shard: dict[int, dict[ModuleKey, int | None]] = {}
+        for key, have in wants.items():
+            by_shard.setdefault(self._modules.shards[key], {})[key] = have
+        # Ring order: each island begins with another shard, so that no link carries all at once.
+        order = sorted(by_shard, key=lambda shard: (shard - task.island - 1) % len(self._shards))
+        snapshots = [self._pull(shard, by_shard[shard], self._nodes[task.island]) for shard in order]
+        groups = [[task.modules[s] for s in task.send if self._modules.shards[task.modules[s]] == n] for n in shards]
+        answers = island.run.options(num_returns=1 + len(shards)).remote(task, snapshots, groups)
+        report, *contributions = answers if shards else [answers]
+        if shards:
+            self._sent[task.source, task.round] = list(zip(shards, contributions, strict=True))
+        if task.save:
+            self._exported[task.source] = task.island
+
+        def done(reports: list[Any], error: Exception | None) -> None:
+            if error is None:
+                self._events.append(Finished(now_s=self.now_s(), report=reports[0]))
+            elif isinstance(error, RayActorError) and task.island != EVALUATOR:
+                self._events.append(Lost(now_s=self.now_s(), island=task.island, reason=short(error)))
+            else:
+                raise error
+
+        self._pending.add([report], done)
+
+    def _pull(self, shard: int, wants: dict[ModuleKey, int | None], node: str) -> Ref:
+        """One object for all receivers on a node; it holds what the shard has after the commits asked for so far."""
+        key = (shard, node, tuple(sorted(wants.items())))
+        if key not in self._pulled:
+            self._pulled[key] = self._shards[shard].pull.remote(wants)
+        return self._pulled[key]
+
+    def _push(self, task: Task) -> None:
+        def done(answers: list[Any], error: Exception | None) -> None:
+            if error is not None:
+                if isinstance(error, RayActorError | ObjectLostError):
+                    return  # the island died with what it had trained; its own Lost event says so
+                raise error
+            verdicts = tuple(verdict for answer in answers for verdict in answer)
+            event = Received(now_s=self.now_s(), source=task.source, round=task.round, verdicts=verdicts)
+            self._events.append(event)
+
+        sent = self._sent.pop((task.source, task.round))
+        self._pending.add([self._shards[shard].push.remote(ref) for shard, ref in sent], done)
+
+    def _on_measured(self, answers: list[Any], error: Exception | None) -> None:
+        if error is not None:
+            raise error
+        stats = tuple(found for answer in answers for found in answer)
+        self._events.append(Committed(now_s=self.now_s(), stats=stats))
+
+    def _respawn(self, island: IslandId) -> None:
+        actor = self._islands[island] = self._spawn(island)
+        ready = [actor.setup.remote(self._modules)]
+        if self._checkpoint:
+            ready.append(actor.load.remote(self._checkpoint, SourceId(island)))
+
+        def done(answers: list[Any], error: Exception | None) -> None:
+            if error is not None:
+                raise error
+            self._nodes[island] = answers[0]
+            self._events.append(Joined(now_s=self.now_s(), island=island))
+
+        self._pending.add(ready, done)
+
+
+def _raise_errors(answers: list[Any], error: Exception | None) -> None:
+    if error is not None:
+        raise error

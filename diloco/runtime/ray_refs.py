@@ -1,0 +1,75 @@
+"""Requests to actors that are under way, and what to do with their answers. The driver's only waiting point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+Ref: TypeAlias = Any  # ray.ObjectRef, whose parameter says nothing here
+Then: TypeAlias = Callable[[list[Any], Exception | None], None]
+
+
+@dataclass(kw_only=True)
+class _Gather:
+    answers: list[Any]
+    waiting: int
+    then: Then
+
+
+class Pending:
+    """References not yet answered, each belonging to a group whose `then` is called once with all answers."""
+
+    def __init__(self) -> None:
+        self._gathers: dict[Ref, tuple[_Gather, int]] = {}
+
+    def add(self, refs: Sequence[Ref], then: Then) -> None:
+        """Call `then(answers, None)` when all are there, or `then([], error)` at the first failure."""
+        gather = _Gather(answers=[None] * len(refs), waiting=len(refs), then=then)
+        for index, ref in enumerate(refs):
+            self._gathers[ref] = (gather, index)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Handle one answer. False where none came in time."""
+        ready, _ = ray.wait(list(self._gathers), num_returns=1, timeout=timeout_s) if self._gathers else ([], [])
+        if not ready:
+            return False
+        gather, index = self._gathers.pop(ready[0])
+        try:
+            gather.answers[index] = ray.get(ready[0])
+        except RayError as error:
+            for ref in [ref for ref, (other, _) in self._gathers.items() if other is gather]:
+                del self._gathers[ref]
+            gather.then([], cause(error))
+            return True
+        gather.waiting -= 1
+        if gather.waiting == 0:
+            gather.then(gather.answers, None)
+        return True
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._gathers.clear()
+
+
+def get(refs: Any) -> Any:
+    """`ray.get`, raising what the actor raised rather than Ray's wrapping of it."""
+    try:
+        return ray.get(refs)
+    except RayTaskError as error:
+        raise cause(error) from None
+
+
+def cause(error: RayError) -> Exception:
+    """What an actor's method raised, or the error itself where the actor is gone."""
+    inner = error.cause if isinstance(error, RayTaskError) else None
+    return inner if isinstance(inner, ValueError | OSError | RayError) else error
+
+
+def short(error: Exception) -> str:
+    """The error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,64 @@
+"""summary.json: what came out of a run, from what the coordinator counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+from diloco.runtime.base import Final
+from diloco.views import Counters
+
+
+def bytes_data_parallel(parameters: int, counters: Counters, islands: int) -> int:
+    """What synchronous data parallel would have sent in all for the same inner steps, at 4 bytes a parameter.
+
+    islands x 2N(1 - 1/R) x steps, R = islands: a ring all-reduce of the gradients on every step.
+    """
+    return round(4 * 2 * parameters * (1 - 1 / islands) * counters.inner_steps)
+
+
+def outer_state_sha256(digests: dict[str, str]) -> str:
+    """One digest of all outer state tensors, whatever shards hold them: over `name digest` lines in order of name."""
+    by_parameter = sorted((name.partition(":")[2], digest) for name, digest in digests.items())
+    return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in by_parameter).encode()).hexdigest()
+
+
+def outcome(counters: Counters, *, islands: int, parameters: int, wall_s: float) -> dict[str, object]:
+    """The figures of a run, over all its parts where it was resumed."""
+    busy_s = counters.inner_s / islands
+    return {
+        "outer_steps": counters.outer_steps,
+        "tokens": counters.tokens,
+        "wall_s": round(wall_s, 3),
+        "train_s": round(counters.train_s, 3),
+        "tokens_per_s": round(counters.tokens / counters.train_s, 1) if counters.train_s > 0 else None,
+        "initial_val_loss": counters.initial_val_loss,
+        "val_loss": counters.val_loss,
+        "best_val_loss": counters.best_val_loss,
+        "perplexity": None if counters.val_loss is None else math.exp(min(counters.val_loss, 700.0)),
+        "bytes_up": counters.bytes_up,
+        "bytes_down": counters.bytes_down,
+        "bytes_data_parallel": bytes_data_parallel(parameters, counters, islands),
+        "contributions": {"accepted": counters.accepted, "rejected": counters.rejected, "late": counters.late},
+        "islands_lost": counters.islands_lost,
+        "islands_joined": counters.islands_joined,
+        "waiting_s": round(counters.waiting_s, 3),
+        "compute_utilization": round(busy_s / counters.train_s, 4) if counters.train_s > 0 else None,
+    }
+
+
+def digests(final: Final | None) -> dict[str, object]:
+    """The digests of the result; None where the run broke off."""
+    return {
+        "weights_sha256": None if final is None else final.weights_sha256,
+        "outer_state_sha256": None if final is None else outer_state_sha256(final.outer_digests),
+    }
+
+
+def write(path: Path, summary: dict[str, object]) -> None:
+    """Write under a temporary name and rename, so that the file is whole or absent."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    temporary.rename(path)

@@ -1,0 +1,273 @@
+"""train(config) -> Result: build the parts, hand them to a runtime, and drive it with the coordinator."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from diloco import checkpoint as ckpt
+from diloco import config as configuration
+from diloco import resume, rundir, summary
+from diloco.config import RunConfig
+from diloco.coordinator import Coordinator
+from diloco.display import Display
+from diloco.events import Event, Log, Save, Started, Stop
+from diloco.messages import IslandId, Modules, Shape
+from diloco.metrics import MetricsWriter, open_metrics
+from diloco.runtime.base import Backend, Final, Job
+from diloco.views import RunView
+from diloco.workload import Corpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run came to: `summary.json`, and where the run's directory is."""
+
+    summary: dict[str, Any]
+    directory: Path
+
+
+def train(config: RunConfig, directory: Path | None = None) -> Result:
+    """Run `config` to its end, in `directory` (default: a new one below `runs/`).
+
+    Returns also where the run stopped by its own rule or was interrupted; `summary["status"]` says which.
+    Raises ValueError for a mistake in the configuration or input, before anything is written.
+    """
+    start = resume.resolve(config, directory)
+    config = replace(start.config, store=replace(start.config.store, shards=start.config.store.resolved(config.islands)))
+    job = make_job(config)
+    values = resume.starting_values(config.init_from) if config.init_from and not start.checkpoint else None
+    _say("preparing the corpus and the tokenizer")
+    corpus = job.corpus()
+    _say(f"starting {config.islands} island(s)")
+    backend = config.runtime.open(job)
+    try:
+        shapes = backend.shapes()
+        modules = config.layout.build(shapes, job.shards)
+        if start.manifest is not None:
+            ckpt.check_layout(start.manifest["layout"], modules, shapes)
+        backend.setup(modules)
+        view = _view(config, corpus, modules)
+        session = _Session(replace(start, config=config), backend, view, modules, shapes, corpus)
+        if start.manifest is None:
+            backend.fill(values)
+        else:
+            session.take_up(start.manifest["view"])
+        return session.run()
+    finally:
+        backend.close()
+
+
+def make_job(config: RunConfig) -> Job:
+    """What every process of the run gets."""
+    return Job(
+        workload=config.workload,
+        data=config.data,
+        inner=config.inner,
+        merge=config.merge,
+        outer=config.outer,
+        codec=config.codec,
+        seed=config.seed,
+        islands=config.islands,
+        shards=config.store.shards,
+        total_steps=config.rounds * config.inner_steps,
+        threads_per_worker=config.threads_per_worker,
+        gpus_per_worker=config.gpus_per_worker,
+        imports=tuple(config.imports),
+    )
+
+
+class _Session:
+    """One run from its first event to its last, in its directory."""
+
+    def __init__(
+        self,
+        start: resume.Start,
+        backend: Backend,
+        view: RunView,
+        modules: Modules,
+        shapes: Mapping[str, Shape],
+        corpus: Corpus,
+    ) -> None:
+        self._start, self._config, self._directory = start, start.config, start.directory
+        self._backend, self._view, self._modules, self._shapes = backend, view, modules, shapes
+        self._corpus = corpus
+        self._root = resume.checkpoint_root(self._config, self._directory)
+        self._notes: list[str] = []
+        self._parameters = sum(math.prod(shape) for shape in shapes.values())
+        self._environment = rundir.environment()
+
+    def take_up(self, saved: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint left off."""
+        before = len(saved["sources"])
+        self._view.islands.clear()
+        self._view.load_json(saved)
+        self._view.place_sources(self._config.islands)
+        if before != self._config.islands:
+            self._view.restart_rounds()
+            self._notes.append(
+                f"resumed with {self._config.islands} islands instead of {before}: the data was assigned anew"
+            )
+        sources = {source: source for source in self._view.sources if source < before}
+        self._backend.load(self._start.checkpoint, {source: IslandId(source) for source in sources})
+
+    def run(self) -> Result:
+        """The main loop, and what is left behind."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        (self._directory / "config.yaml").write_text(configuration.to_yaml(self._config))
+        rundir.point_latest(self._directory)
+        manifest = self._start.manifest or {}
+        writer, display = open_metrics(
+            self._directory,
+            self._config.metrics,
+            name=self._config.name,
+            rounds=self._config.rounds,
+            config=OmegaConf.to_container(OmegaConf.create(configuration.to_yaml(self._config))),  # type: ignore[arg-type]
+            resume_bytes=manifest.get("metrics_bytes"),
+            earlier_s=manifest.get("wall_s", 0.0),
+        )
+        try:
+            stop, final = self._drive(writer, display)
+            result = self._conclude(stop, final, writer.elapsed_s)
+            writer.write({"event": "end", "round": self._view.round, "status": stop.status})
+            _show(display, result, final)
+            return result
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self._conclude(Stop(status=status, reason=f"{type(error).__name__}: {error}"), None, writer.elapsed_s)
+            raise
+        finally:
+            writer.close()
+
+    def _drive(self, writer: MetricsWriter, display: Display) -> tuple[Stop, Final]:
+        coordinator = Coordinator(schedule=self._config.schedule, run=self._view)
+        for note in self._notes:
+            writer.write({"event": "warning", "message": note})
+        writer.write({"event": "start", "round": self._view.round, **self._environment})
+        stop: Stop | None = None
+        counters, before_s, start_s = self._view.counters, self._view.counters.train_s, time.monotonic()
+        event: Event = Started(now_s=self._backend.now_s())
+        with _interruptible(self._backend, display.message):
+            while stop is None:
+                counters.train_s = before_s + time.monotonic() - start_s
+                for command in coordinator.handle(event):
+                    match command:
+                        case Log():
+                            writer.write(command.record)
+                        case Save():
+                            self._save(command, writer)
+                        case Stop():
+                            stop = command
+                        case _:
+                            self._backend.carry_out(command)
+                if stop is None:
+                    event = self._backend.next_event()
+        export = str(self._directory / "export") if stop.status == "finished" else None
+        return stop, self._backend.finish(export, "")
+
+    def _save(self, command: Save, writer: MetricsWriter) -> None:
+        manifest = {
+            "view": command.view,
+            "layout": ckpt.describe_modules(self._modules, self._shapes),
+            "metrics_bytes": writer.nbytes,
+            "wall_s": writer.elapsed_s,
+            "data_sha256": self._corpus.sha256,
+            "config": configuration.to_yaml(self._config),
+            **self._environment,
+        }
+        self._backend.save(self._root, command.name, manifest, self._config.checkpoint.keep)
+
+    def _conclude(self, stop: Stop, final: Final | None, wall_s: float) -> Result:
+        config, view = self._config, self._view
+        found: dict[str, Any] = {
+            "name": config.name,
+            "experiment": config.experiment,
+            "seed": config.seed,
+            "status": stop.status,
+            "reason": stop.reason,
+            "runtime": configuration.choice_of("runtime", config.runtime),
+            "islands": config.islands,
+            "workers": config.workers,
+            "inner_steps": config.inner_steps,
+            "rounds": view.round,
+            "parameters": self._parameters,
+            "trainable_parameters": self._parameters,
+            **summary.outcome(
+                view.counters, islands=config.islands, parameters=self._parameters, wall_s=wall_s
+            ),
+            **summary.digests(final),
+            "data_sha256": self._corpus.sha256,
+            "data": self._corpus.describe(),
+            "notes": self._notes,
+            **self._environment,
+            "run_directory": str(self._directory),
+            "checkpoint": self._newest_checkpoint(),
+            "export": str(self._directory / "export") if stop.status == "finished" else None,
+        }
+        summary.write(self._directory / "summary.json", found)
+        return Result(summary=found, directory=self._directory)
+
+    def _newest_checkpoint(self) -> str | None:
+        names = ckpt.CheckpointFolder(self._root).names()
+        return f"{self._root}/{names[-1]}" if names else None
+
+
+def _view(config: RunConfig, corpus: Corpus, modules: Modules) -> RunView:
+    return RunView.fresh(
+        modules=modules,
+        islands=config.islands,
+        seed=config.seed,
+        rounds=config.rounds,
+        inner_steps=config.inner_steps,
+        segment_steps=config.segment_steps,
+        eval_every=config.eval_every,
+        save_every=config.checkpoint.every,
+        shard_examples=corpus.shard_examples(),
+    )
+
+
+@contextmanager
+def _interruptible(backend: Backend, say: Callable[[str], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks for a checkpoint and a stop; a second SIGINT breaks off."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        say("interrupted: writing a checkpoint after the present segment; Ctrl-C again breaks off without one")
+        backend.interrupt()
+
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _show(display: Display, result: Result, final: Final) -> None:
+    display.summary(result.summary)
+    if final.sample:
+        display.message(f"sample:\n{final.sample}")
+    if result.summary["status"] == "interrupted":
+        display.message(f"go on with: diloco train resume={result.directory}")
+    if result.summary["reason"]:
+        display.message(f"{result.summary['status']}: {result.summary['reason']}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,86 @@
+"""Workload: model, data, loss and evaluation. What a user subclasses to train something of their own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from torch import Tensor, nn
+
+from diloco.messages import ShardId, State
+
+if TYPE_CHECKING:
+    from diloco.data import Data
+
+Batch: TypeAlias = dict[str, Tensor]  # every tensor's first dimension counts sequences
+
+
+class Corpus(Protocol):
+    """Prepared data: what the engine needs to know of it. A workload may put whatever else it likes on its own."""
+
+    @property
+    def sha256(self) -> str:
+        """Digest of all that is trained and evaluated on."""
+        ...
+
+    def shard_examples(self) -> list[int]:
+        """How many training examples each shard holds, by shard id."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """JSON values for the run's record: sources and their versions, documents, tokens."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Workload(ABC):
+    """What is trained. Subclass it as a `@dataclass(kw_only=True)` whose fields are its settings.
+
+    Every method must be a function of its arguments and the fields alone: islands, evaluator and
+    resumed runs each have an instance of their own and rely on getting the same answers.
+    """
+
+    @abstractmethod
+    def build_model(self, seed: int) -> nn.Module:
+        """A fresh float32 model; the same `seed` gives the same weights on every machine of a kind."""
+
+    @abstractmethod
+    def corpus(self, data: Data, *, seed: int, shards: int) -> Corpus:
+        """Prepare (once; later calls read the cache) the corpus, its training documents split into `shards`.
+
+        Raises ValueError where the data cannot be used: missing, empty, binary, fewer documents than shards.
+        """
+
+    @abstractmethod
+    def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
+        """The sequences of one inner step of one island: a pure function of its arguments."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Scalar loss, the mean over `tokens(batch)` tokens, and further metrics."""
+
+    @abstractmethod
+    def tokens(self, batch: Batch) -> int:
+        """How many tokens the loss of `batch` is a mean over."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, corpus: Corpus, split: str) -> dict[str, float]:
+        """Metrics on a held-out split; must contain "loss" (mean a token, nats)."""
+
+    @abstractmethod
+    def export(self, model: nn.Module, corpus: Corpus, folder: Path) -> None:
+        """Write the model for use elsewhere into the existing, empty `folder`."""
+
+    def sample(self, model: nn.Module, corpus: Corpus, prompt: str, *, tokens: int, seed: int) -> str:
+        """`prompt` and what the model writes after it; an empty one is chosen here. Empty where there is no text."""
+        return ""
+
+    def state(self) -> State:
+        """What belongs to a source beyond model and optimizer (an anchor, say). Empty for most."""
+        return State()
+
+    def load_state(self, state: State) -> None:
+        """Take back what `state()` gave."""
+        assert not state.tensors and not state.meta, "a workload with state() needs load_state()"
