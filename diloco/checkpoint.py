@@ -78,14 +78,12 @@ class CheckpointFolder:
 
         Raises ValueError, naming what is wrong with each, when there is none.
         """
-        problems = []
+        problems: list[str] = []
         for name in reversed(self.names()):
             manifest = self._sound(name, problems)
             if manifest is not None:
                 return f"{self.root}/{name}", manifest
-        raise ValueError(
-            f"{self.root} holds no complete checkpoint" + (f": {'; '.join(problems)}" if problems else "")
-        )
+        raise ValueError(f"{self.root} holds no complete checkpoint" + (f": {'; '.join(problems)}" if problems else ""))
 
     def _sound(self, name: str, problems: list[str]) -> dict[str, Any] | None:
         try:

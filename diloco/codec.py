@@ -79,7 +79,7 @@ def _pack(codec: str, tensors: Tensors, dtype: torch.dtype) -> Payload:
     sizes = [value.numel() for value in tensors.values()]
     body = np.empty(sum(sizes) * dtype.itemsize, dtype=np.uint8)
     if body.size:
-        parts = torch.from_numpy(body).view(dtype).split(sizes)
+        parts = torch.split(torch.from_numpy(body).view(dtype), sizes)
         for part, value in zip(parts, tensors.values(), strict=True):
             part.copy_(value.detach().reshape(-1))  # casts, and fetches from the device
     return Payload(codec=codec, header=make_header(tensors), body=body)
@@ -92,7 +92,7 @@ def _unpack(codec: str, payload: Payload, dtype: torch.dtype) -> Tensors:
     sizes = [math.prod(shape) for shape in shapes.values()]
     # A copy, since buffers from Ray are read-only and the values are worked on in place.
     flat = torch.from_numpy(np.array(payload.body)).view(dtype).to(torch.float32)
-    parts = flat.split(sizes)
+    parts = torch.split(flat, sizes)
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 

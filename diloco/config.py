@@ -123,17 +123,17 @@ def choices(group: str) -> list[str]:
     return sorted(_PARTS.get(group, {}))
 
 
-def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration: all values, and under `choices` which class each group is."""
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain values, with the class of each group by name under `choices`."""
     values = {f.name: vars(config)[f.name] for f in fields(config)}
-    plain = {
-        key: OmegaConf.to_container(OmegaConf.structured(value), enum_to_str=True)
-        if key in GROUPS or key in SINGLE
-        else value
-        for key, value in values.items()
-    }
-    chosen = {key: choice_of(key, values[key]) for key in GROUPS}
-    return OmegaConf.to_yaml(OmegaConf.create({"choices": chosen, **plain}))
+    for key in (*GROUPS, *SINGLE):
+        values[key] = OmegaConf.to_container(OmegaConf.structured(values[key]), enum_to_str=True)
+    return {"choices": {key: choice_of(key, vars(config)[key]) for key in GROUPS}, **values}
+
+
+def to_yaml(config: RunConfig) -> str:
+    """`plain(config)` as the text of `config.yaml`."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 
 
 def load(path: Path) -> RunConfig:

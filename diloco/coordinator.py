@@ -31,7 +31,7 @@ from diloco.events import (
     Stop,
     Tick,
 )
-from diloco.messages import EVALUATOR, Commit, IslandId, ModuleKey, Report, SlotName, SourceId, Task
+from diloco.messages import EVALUATOR, IslandId, ModuleKey, Report, SourceId, Task
 from diloco.schedule import NoMore, Schedule, Wait
 from diloco.views import Arrival, IslandView, RunView, SourceView
 
@@ -87,7 +87,7 @@ class Coordinator:
         commands: list[Command] = []
         for key, module in self.run.modules.items():
             if not module.awaited and not module.arrivals:
-                self._open_round(key)
+                self.run.open_round(key)
         if self.run.eval_due(self.run.round) and self.run.counters.evaluated_round < self.run.round:
             commands.append(self._evaluation())
         return commands + self._dispatch(self.run.islands)
@@ -101,14 +101,18 @@ class Coordinator:
         if not island.alive or island.queued == 0:
             return []  # fenced: it was given up for lost, and its work was given out again
         island.queued -= 1
-        self._count(source, report)
+        source.pending_tokens += report.tokens
+        self.run.counters.count(report)
         commands: list[Command] = [] if task.steps == 0 else [records.segment(report)]
+        if "inner/fresh_state" in report.metrics:
+            text = f"source {task.source} starts with empty optimizer state at step {task.first_step}, and a warm-up"
+            commands.append(records.warning(text))
         if task.send:
             self._pushing.add((task.source, task.round))
             commands.append(Push(task=task))
         elif task.last:
-            source.safe_position = source.round_start
-            self._excuse(source.source, task.modules.values())
+            source.hand_over()
+            self.run.excuse(source.source, task.modules.values())
             commands += self._commit_ready(list(task.modules.values()))
         return commands + self._dispatch([task.island])
 
@@ -125,7 +129,7 @@ class Coordinator:
         bad = [verdict for verdict in event.verdicts if not verdict.good]
         commands: list[Command] = []
         source.settled = [*source.settled, (event.round, not bad)]
-        source.safe_position = source.round_start
+        source.hand_over()
         if bad:
             source.pending_tokens = 0
             self.run.counters.rejected += 1
@@ -167,13 +171,13 @@ class Coordinator:
         source = self.run.sources[island.source]
         keys = list(self.run.path_of(source).values())
         self._pushing = {pushed for pushed in self._pushing if pushed[0] != source.source}
-        self._excuse(source.source, keys)
-        self._rewind(source, 1 + max(self.run.modules[key].round for key in keys))
+        self.run.excuse(source.source, keys)
+        source.rewind(1 + max(self.run.modules[key].round for key in keys))
         record = {"event": "lost", "round": self.run.round, "island": event.island, "message": event.reason}
         return [
             Log(record=record),
             Respawn(island=event.island),
-            *self._commit_ready([key for key in keys if self._may_end(key)]),
+            *self._commit_ready([key for key in keys if self.run.took_part(key)]),
         ]
 
     def _on_joined(self, event: Joined) -> list[Command]:
@@ -183,7 +187,7 @@ class Coordinator:
         for key in self.run.path_of(self.run.sources[island.source]).values():
             module = self.run.modules[key]
             if not module.awaited and not module.arrivals:  # all were lost: the round waits for whoever comes back
-                self._rewind(self.run.sources[island.source], module.round)
+                self.run.sources[island.source].rewind(module.round)
                 module.awaited.add(island.source)
         record = {"event": "joined", "round": self.run.round, "island": event.island}
         return [Log(record=record), *self._dispatch([event.island])]
@@ -198,15 +202,7 @@ class Coordinator:
                 self._stopped = True
                 reason = f"all {module.rejected} contributions to round {module.round} were rejected"
                 return [Stop(status="stopped", reason=f"{reason}; the weights of the round before are kept")]
-        contributors = {source for commit in commits for source in commit.sources}
-        self._count_commit(contributors, [commit for commit in commits if commit.sources])
-        for commit in commits:
-            module = self.run.modules[commit.module]
-            module.version += 1 if commit.sources else 0
-            module.round += 1
-            module.rejected = 0
-            module.arrivals.clear()
-            self._open_round(commit.module)
+        self.run.commit(commits)
         real = tuple(commit for commit in commits if commit.sources)
         commands: list[Command] = [CommitAll(commits=real)] if real else []
         if commits and min(module.round for module in self.run.modules.values()) > self.run.round:
@@ -229,32 +225,6 @@ class Coordinator:
         save = [self._save()] if due else []  # before work is given out, since it keeps what is known now
         return self._dispatch(run.islands) + commands + save
 
-    def _open_round(self, key: ModuleKey) -> None:
-        module = self.run.modules[key]
-        if module.round == self.run.rounds:
-            return
-        slot = SlotName(key.rpartition("/")[0])
-        for island in self.run.islands.values():
-            if island.alive and self.run.path_of(self.run.sources[island.source]).get(slot) == key:
-                module.awaited.add(island.source)
-
-    def _excuse(self, source: SourceId, keys: Iterable[ModuleKey]) -> None:
-        for key in keys:
-            self.run.modules[key].awaited.discard(source)
-
-    def _may_end(self, key: ModuleKey) -> bool:
-        """Whether a round may end without the island just lost: not when nobody else took part in it."""
-        module = self.run.modules[key]
-        if module.arrivals or module.rejected:
-            return True
-        others = (self.run.sources[island.source] for island in self.run.islands.values() if island.alive)
-        return any(source.round > module.round for source in others)  # dropped by the schedule
-
-    def _rewind(self, source: SourceView, round_: int) -> None:
-        """Give out again what the source had not handed over: it takes part from `round_` on."""
-        source.position = source.round_start = source.safe_position
-        source.round, source.segment, source.pending_tokens = round_, 0, 0
-
     # --- tasks ---
 
     def _dispatch(self, islands: Iterable[IslandId]) -> list[Command]:
@@ -271,17 +241,8 @@ class Coordinator:
         return commands
 
     def _give(self, task: Task, island: IslandView) -> Run:
-        source = self.run.sources[task.source]
         island.queued += 1
-        source.position += task.steps
-        source.settled = []
-        if task.last:
-            source.round += 1
-            source.segment = 0
-            source.round_start = source.position
-            source.dropped = not task.send
-        else:
-            source.segment += 1
+        self.run.sources[task.source].give(task)
         return Run(task=task, wants={task.modules[slot]: None for slot in task.install})
 
     def _bare_task(self, island: IslandId, source: SourceView) -> Task:
@@ -332,31 +293,7 @@ class Coordinator:
             return [self._save()]
         return []
 
-    # --- records ---
-
-    def _count(self, source: SourceView, report: Report) -> None:
-        counters = self.run.counters
-        source.pending_tokens += report.tokens
-        counters.inner_steps += report.task.steps
-        counters.inner_s += report.seconds
-        counters.waiting_s += report.waiting_s
-        counters.bytes_up += report.bytes_up
-        counters.bytes_down += report.bytes_down
-
-    def _count_commit(self, contributors: set[SourceId], commits: list[Commit]) -> None:
-        self.run.counters.accepted += len(contributors)
-        self.run.counters.outer_steps += bool(commits)
-        for source in contributors:
-            self.run.counters.tokens += self.run.sources[source].pending_tokens
-            self.run.sources[source].pending_tokens = 0
-
     def _evaluated(self, report: Report) -> Log:
         self._evaluations -= 1
-        counters, loss = self.run.counters, report.metrics["eval/loss"]
-        counters.val_loss = loss
-        counters.evaluated_round = report.task.round
-        if counters.initial_val_loss is None:
-            counters.initial_val_loss = loss
-        best = counters.best_val_loss
-        counters.best_val_loss = loss if best is None or loss < best else best
+        self.run.counters.count_evaluation(report.task.round, report.metrics["eval/loss"])
         return Log(record={"event": "evaluation", "round": report.task.round, **report.metrics})

@@ -57,9 +57,7 @@ class Data:
 
     def __post_init__(self) -> None:
         patterns = [self.files] if isinstance(self.files, str) else self.files
-        if not isinstance(patterns, list | tuple) or not all(
-            isinstance(item, str) and item for item in patterns
-        ):
+        if not isinstance(patterns, list | tuple) or not all(isinstance(item, str) and item for item in patterns):
             raise ValueError(f"data.files={self.files!r}: give a path or glob, or a list of them")
         # Workers may start in another folder, and the record of a run should hold wherever it is read.
         self.files = [os.path.abspath(os.path.expanduser(pattern)) for pattern in patterns]
@@ -69,8 +67,7 @@ class Data:
             raise ValueError(f"data.files={self.files} and data.hub={self.hub} are both given: choose one")
         if self.corpus not in CORPORA:
             raise ValueError(
-                f"data.corpus={self.corpus} is unknown: choose {', '.join(CORPORA)}, or give data.files "
-                "or data.hub"
+                f"data.corpus={self.corpus} is unknown: choose {', '.join(CORPORA)}, or give data.files or data.hub"
             )
         for name, least in (
             ("batch", 1),
@@ -85,13 +82,10 @@ class Data:
                 raise ValueError(f"data.{name}={given}: it must be at least {least}")
         if self.batch % self.accumulation:
             raise ValueError(
-                f"data.accumulation={self.accumulation} does not divide data.batch={self.batch}: change one "
-                "of them"
+                f"data.accumulation={self.accumulation} does not divide data.batch={self.batch}: change one of them"
             )
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"data.validation_fraction={self.validation_fraction}: it must be between 0 and 1"
-            )
+            raise ValueError(f"data.validation_fraction={self.validation_fraction}: it must be between 0 and 1")
         if self.tokenizer in ("", "bpe") and 0 < self.vocab_size < MIN_BPE_VOCABULARY:
             raise ValueError(
                 f"data.vocab_size={self.vocab_size}: a byte-level BPE has at least {MIN_BPE_VOCABULARY} "
@@ -140,9 +134,7 @@ def prepared(data: Data, *, trust_remote_code: bool = False) -> TokenFolder:
             corpora.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(dir=corpora, prefix=".making-"))
         except OSError as error:
-            raise ValueError(
-                f"data.cache={data.cache} cannot be written ({error}): choose another folder"
-            ) from error
+            raise ValueError(f"data.cache={data.cache} cannot be written ({error}): choose another folder") from error
         try:
             prepare(source, recipe, made)
             os.chmod(made, 0o755)  # mkdtemp's 0o700 would shut others out of a shared cache
@@ -177,9 +169,7 @@ class TokenCorpus:
         self._seed = seed
         self._orders: dict[int, tuple[int, Array]] = {}  # shard -> (epoch, order) of the last read
         self.assignment = _deal(self.folder, data.split, seed=seed, shards=shards)  # shard -> its documents
-        self._shards = [
-            Windows(self.folder, documents, data.sequence_length) for documents in self.assignment
-        ]
+        self._shards = [Windows(self.folder, documents, data.sequence_length) for documents in self.assignment]
         for shard, windows in enumerate(self._shards):
             if windows.count == 0:
                 raise ValueError(

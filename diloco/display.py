@@ -30,9 +30,7 @@ class Display:
     The lines go to `log.txt` in `folder` in both cases.
     """
 
-    def __init__(
-        self, folder: Path, *, rounds: int, live: bool = True, console: Console | None = None
-    ) -> None:
+    def __init__(self, folder: Path, *, rounds: int, live: bool = True, console: Console | None = None) -> None:
         """`console` replaces standard output for the drawing, and is drawn on even if it is no terminal."""
         if console is None and live and sys.stdout.isatty():
             from rich.console import Console
@@ -108,20 +106,21 @@ class Display:
     def _stop(self) -> None:
         live, self._live = self._live, None
         if live is not None:
-            live.stop()
+            with suppress(OSError):
+                live.stop()
 
     def _say(self, text: str, *, show: bool = True) -> None:
-        with suppress(OSError):
+        # Not even a full disk, a reader that went away, or a signal's handler that says something while
+        # something is being said (a RuntimeError) may stop a run.
+        with suppress(OSError, RuntimeError):
             self._log.write(text + "\n")
             self._log.flush()
-        if not show:
-            return
-        if self._console is not None:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-            return
-        encoding = sys.stdout.encoding or "utf-8"
-        with suppress(OSError):  # a reader that went away must not stop a run
-            print(text.encode(encoding, "replace").decode(encoding), flush=True)
+        with suppress(OSError, RuntimeError):
+            if show and self._console is not None:
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            elif show:
+                encoding = sys.stdout.encoding or "utf-8"
+                print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
     def _evaluated(self, record: Record) -> None:
         self._validation = _number(record, "eval/loss")

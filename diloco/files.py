@@ -56,14 +56,8 @@ class Files(Source):
         for pattern in self.patterns:
             path = Path(pattern)
             if path.is_dir():
-                raise ValueError(
-                    f"data.files: {pattern} is a folder: name files in it, such as '{pattern}/**/*.txt'"
-                )
-            matches = (
-                [path]
-                if path.exists()
-                else [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-            )
+                raise ValueError(f"data.files: {pattern} is a folder: name files in it, such as '{pattern}/**/*.txt'")
+            matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
             files = [match for match in matches if match.is_file()]
             if not files:
                 raise ValueError(
@@ -129,9 +123,7 @@ class Hub(Source):
         yield from _documents(rows, self.name, self.text_field, self.domain_field)
 
 
-def _load_dataset(
-    name: str, config: str | None, *, split: str, data_files: str | None
-) -> Iterable[Mapping[str, Any]]:
+def _load_dataset(name: str, config: str | None, *, split: str, data_files: str | None) -> Iterable[Mapping[str, Any]]:
     """Rows of a dataset, streamed, so that nothing is copied to a cache of its own."""
     import datasets  # heavy, and needed for some sources only
 
@@ -145,9 +137,7 @@ def _guarded(load: Callable[[], Iterable[Mapping[str, Any]]], problem: str) -> I
     """The rows of `load()`; whatever it raises on the way becomes a ValueError that begins with `problem`."""
     try:
         yield from load()
-    except (
-        Exception
-    ) as error:  # readers raise errors of five libraries; the cause is kept in the message and the chain
+    except Exception as error:  # readers raise errors of five libraries; the cause is kept in the message and the chain
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise ValueError(f"{problem} ({reason})") from error

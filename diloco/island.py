@@ -30,7 +30,6 @@ from diloco.messages import (
 from diloco.replica import Single
 from diloco.workload import Batch, Corpus, Workload
 
-
 SAMPLE_TOKENS = 80  # of the text shown at a run's end
 
 
@@ -104,12 +103,17 @@ class Island:
         self._become(task.source, task.first_step)
         self.install(snapshots, task.keep)  # line 4: theta_i <- theta; the anchor is what was installed
         train_start_s = time.perf_counter()
-        losses, norms, metrics, tokens = [], [], {}, 0
+        losses: list[Tensor] = []
+        norms: list[Tensor] = []
+        metrics: dict[str, float] = {}
+        tokens = 0
         for step in range(task.first_step, task.first_step + task.steps):  # lines 5-8
             loss, norm, step_tokens, metrics = self._inner_step(task, step)
             losses.append(loss)
             norms.append(norm)
             tokens += step_tokens
+        if self._fresh_since == task.first_step and task.steps:
+            metrics["inner/fresh_state"] = 1.0
         if losses:
             metrics["inner/loss"] = float(torch.stack(losses).mean())  # the one point where the device is waited for
             metrics["inner/grad_norm"] = float(torch.stack(norms).mean())

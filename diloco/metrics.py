@@ -87,10 +87,12 @@ class MetricsWriter:
         *,
         sinks: Sequence[Sink] = (),
         resume_bytes: int | None = None,
+        resume_round: int = 0,
         earlier_s: float = 0.0,
     ) -> None:
         """Cut the file in `folder` back to `resume_bytes` (None: keep it) and to whole lines.
 
+        Commit lines up to `resume_round` stay even behind that: a round is measured after it is saved.
         `earlier_s` is the time that the run took before it was resumed.
         """
         self._sinks = list(sinks)
@@ -98,9 +100,13 @@ class MetricsWriter:
         self._nonfinite: set[str] = set()  # keys that were reported
         self._full = False
         self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
-        kept = (folder / "metrics.jsonl").read_bytes()[:resume_bytes]
+        before = (folder / "metrics.jsonl").read_bytes()
+        kept = before[:resume_bytes]
         self._nbytes = kept.rfind(b"\n") + 1
         self._file.truncate(self._nbytes)
+        for line in before[len(kept) :].splitlines(keepends=True):
+            if _is_commit(line, resume_round):
+                self._append(line)
         if resume_bytes is not None and self._nbytes < resume_bytes:
             text = f"metrics.jsonl lacks lines: {self._nbytes} bytes of the {resume_bytes} of the checkpoint"
             self.write({"event": "warning", "message": text})
@@ -196,6 +202,7 @@ def open_metrics(
     rounds: int,
     config: Mapping[str, object],
     resume_bytes: int | None = None,
+    resume_round: int = 0,
     earlier_s: float = 0.0,
 ) -> tuple[MetricsWriter, Display]:
     """The writer with the sinks that `settings` ask for, and the display for messages and the summary.
@@ -210,10 +217,21 @@ def open_metrics(
             sinks.append(WandbSink(folder, settings, name=name, config=config))
         except Exception as error:  # of many kinds: wandb missing, no network, no space
             problem = f"metrics.wandb={settings.wandb.value} is off: {type(error).__name__}: {error}"
-    writer = MetricsWriter(folder, sinks=sinks, resume_bytes=resume_bytes, earlier_s=earlier_s)
+    writer = MetricsWriter(
+        folder, sinks=sinks, resume_bytes=resume_bytes, resume_round=resume_round, earlier_s=earlier_s
+    )
     if problem:
         writer.write({"event": "warning", "message": problem})
     return writer, display
+
+
+def _is_commit(line: bytes, up_to_round: int) -> bool:
+    """Whether a line of metrics.jsonl is whole and tells of the commit of a round up to this one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n") and record["event"] == "commit" and record["round"] <= up_to_round
 
 
 def _json_value(value: object, key: str, bad: dict[str, float]) -> object:

@@ -9,7 +9,6 @@ from typing import Any
 
 import fsspec
 import safetensors.torch
-from omegaconf import OmegaConf
 
 from diloco import checkpoint as ckpt
 from diloco import config as configuration
@@ -72,7 +71,9 @@ def starting_values(init_from: str) -> Tensors:
         with fs.open(file, "rb") as opened:
             values |= {name: value.float() for name, value in safetensors.torch.load(opened.read()).items()}
     if not values:
-        raise ValueError(f"init_from={init_from} holds neither a run nor *.safetensors; give a run or an exported model")
+        raise ValueError(
+            f"init_from={init_from} holds no run and no *.safetensors; give a run or an exported model"
+        )
     return values
 
 
@@ -93,7 +94,7 @@ def _resumed(config: RunConfig, directory: Path) -> Start:
 
 
 def _differences(saved: RunConfig, given: RunConfig) -> list[str]:
-    before, after = (_flat(OmegaConf.create(configuration.to_yaml(config))) for config in (saved, given))
+    before, after = (_flat(configuration.plain(config)) for config in (saved, given))
     found = []
     for key in sorted({*before, *after}):
         top = key.removeprefix("choices.").partition(".")[0]
@@ -102,9 +103,9 @@ def _differences(saved: RunConfig, given: RunConfig) -> list[str]:
     return found
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, value in OmegaConf.to_container(node).items() if OmegaConf.is_config(node) else node.items():
+    for key, value in node.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
         else:

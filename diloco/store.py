@@ -103,7 +103,7 @@ class ModuleStore:
         return list(self._modules)
 
     def measure(self) -> list[CommitStats]:
-        """Norms and dot products of the last commits, each told once. Not on the way of a round, so asked afterwards."""
+        """Norms and dot products of the last commits, each told once; asked off the way of a round."""
         measured = []
         for key, module in self._modules.items():
             if module.last is not None:

@@ -14,8 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from diloco import checkpoint as ckpt
 from diloco import config as configuration
 from diloco import resume, rundir, summary
@@ -45,7 +43,9 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
     Raises ValueError for a mistake in the configuration or input, before anything is written.
     """
     start = resume.resolve(config, directory)
-    config = replace(start.config, store=replace(start.config.store, shards=start.config.store.resolved(config.islands)))
+    config = replace(
+        start.config, store=replace(start.config.store, shards=start.config.store.resolved(config.islands))
+    )
     job = make_job(config)
     values = resume.starting_values(config.init_from) if config.init_from and not start.checkpoint else None
     _say("preparing the corpus and the tokenizer")
@@ -133,8 +133,9 @@ class _Session:
             self._config.metrics,
             name=self._config.name,
             rounds=self._config.rounds,
-            config=OmegaConf.to_container(OmegaConf.create(configuration.to_yaml(self._config))),  # type: ignore[arg-type]
+            config=configuration.plain(self._config),
             resume_bytes=manifest.get("metrics_bytes"),
+            resume_round=self._view.round,
             earlier_s=manifest.get("wall_s", 0.0),
         )
         try:
@@ -203,9 +204,7 @@ class _Session:
             "rounds": view.round,
             "parameters": self._parameters,
             "trainable_parameters": self._parameters,
-            **summary.outcome(
-                view.counters, islands=config.islands, parameters=self._parameters, wall_s=wall_s
-            ),
+            **summary.outcome(view.counters, islands=config.islands, parameters=self._parameters, wall_s=wall_s),
             **summary.digests(final),
             "data_sha256": self._corpus.sha256,
             "data": self._corpus.describe(),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from diloco.messages import IslandId, ModuleKey, Modules, ShardId, SlotName, SourceId
+from diloco.messages import Commit, IslandId, ModuleKey, Modules, Report, ShardId, SlotName, SourceId, Task
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,25 @@ class SourceView:
     pending_tokens: int = 0  # trained on, not yet committed
     settled: list[tuple[int, bool]] = field(default_factory=list)  # verdicts that it was not told yet
 
+    def give(self, task: Task) -> None:
+        """Move on past a task that was given out."""
+        self.position += task.steps
+        self.settled = []
+        self.segment += 1
+        if task.last:
+            self.round, self.segment = self.round + 1, 0
+            self.round_start = self.position
+            self.dropped = not task.send
+
+    def hand_over(self) -> None:
+        """Its round's work has left the island: a loss of the island does not lose it any more."""
+        self.safe_position = self.round_start
+
+    def rewind(self, round_: int) -> None:
+        """Give out again what was not handed over; it takes part from `round_` on."""
+        self.position = self.round_start = self.safe_position
+        self.round, self.segment, self.pending_tokens = round_, 0, 0
+
 
 @dataclass(kw_only=True)
 class IslandView:
@@ -76,6 +95,21 @@ class Counters:
     val_loss: float | None = None
     best_val_loss: float | None = None
     evaluated_round: int = -1
+
+    def count(self, report: Report) -> None:
+        """An island's finished task."""
+        self.inner_steps += report.task.steps
+        self.inner_s += report.seconds
+        self.waiting_s += report.waiting_s
+        self.bytes_up += report.bytes_up
+        self.bytes_down += report.bytes_down
+
+    def count_evaluation(self, round_: int, loss: float) -> None:
+        """The global weights' validation loss after `round_` rounds."""
+        self.val_loss, self.evaluated_round = loss, round_
+        if self.initial_val_loss is None:
+            self.initial_val_loss = loss
+        self.best_val_loss = loss if self.best_val_loss is None else min(loss, self.best_val_loss)
 
 
 @dataclass(kw_only=True)
@@ -125,6 +159,44 @@ class RunView:
     def path_of(self, source: SourceView) -> Mapping[SlotName, ModuleKey]:
         """Which module fills which slot for `source`."""
         return self.paths[source.path]
+
+    def open_round(self, key: ModuleKey) -> None:
+        """Await all living islands whose path holds the module, for its present round."""
+        module = self.modules[key]
+        if module.round == self.rounds:
+            return
+        slot = SlotName(key.rpartition("/")[0])
+        for island in self.islands.values():
+            if island.alive and self.path_of(self.sources[island.source]).get(slot) == key:
+                module.awaited.add(island.source)
+
+    def excuse(self, source: SourceId, keys: Iterable[ModuleKey]) -> None:
+        """Do not await `source` for these modules' present round any more."""
+        for key in keys:
+            self.modules[key].awaited.discard(source)
+
+    def took_part(self, key: ModuleKey) -> bool:
+        """Whether anybody was heard, or excused by the schedule, in the module's present round."""
+        module = self.modules[key]
+        if module.arrivals or module.rejected:
+            return True
+        others = (self.sources[island.source] for island in self.islands.values() if island.alive)
+        return any(source.round > module.round for source in others)
+
+    def commit(self, commits: Sequence[Commit]) -> None:
+        """The modules took these steps, or ended their round without one; their next round opens."""
+        self.counters.outer_steps += any(commit.sources for commit in commits)
+        contributors = {source for commit in commits for source in commit.sources}
+        self.counters.accepted += len(contributors)
+        for source in contributors:
+            self.counters.tokens += self.sources[source].pending_tokens
+            self.sources[source].pending_tokens = 0
+        for commit in commits:
+            module = self.modules[commit.module]
+            module.version += bool(commit.sources)
+            module.round, module.rejected = module.round + 1, 0
+            module.arrivals.clear()
+            self.open_round(commit.module)
 
     def save_due(self, round_: int) -> bool:
         """Whether a checkpoint is written once `round_` rounds are committed."""

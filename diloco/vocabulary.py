@@ -32,9 +32,7 @@ class Recipe:
         """JSON values that change when the tokens would."""
         folder = Path(self.tokenizer)
         patterns = ("*token*", "vocab*", "merges*")
-        files = (
-            sorted(file for pattern in patterns for file in folder.glob(pattern)) if folder.is_dir() else []
-        )
+        files = sorted(file for pattern in patterns for file in folder.glob(pattern)) if folder.is_dir() else []
         return {
             "format": FORMAT,
             "tokenizers": metadata.version("tokenizers"),
@@ -102,8 +100,7 @@ def _pretrained(recipe: Recipe, folder: Path) -> Encoder:
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer {name!r} has no end-of-sequence token: set its eos_token, or use "
-            "data.tokenizer=bpe"
+            f"the tokenizer {name!r} has no end-of-sequence token: set its eos_token, or use data.tokenizer=bpe"
         )
     tokenizer.save_pretrained(folder)
     if isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -116,9 +113,7 @@ def _pretrained(recipe: Recipe, folder: Path) -> Encoder:
         def encode(texts: list[str]) -> list[list[int]]:
             return cast("list[list[int]]", tokenizer(texts, add_special_tokens=False)["input_ids"])
 
-    return Encoder(
-        encode=encode, eos=tokenizer.eos_token_id, vocabulary=max(tokenizer.get_vocab().values()) + 1
-    )
+    return Encoder(encode=encode, eos=tokenizer.eos_token_id, vocabulary=max(tokenizer.get_vocab().values()) + 1)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -137,9 +132,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def byte_tokenizer() -> Tokenizer:
     """Token i is byte i, and token 256 is EOS."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [
-        byte for byte in range(256) if byte not in printable
-    ]  # GPT-2 shows these as characters from 256 on
+    others = [byte for byte in range(256) if byte not in printable]  # GPT-2 shows these as characters from 256 on
     shown = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     tokenizer = _byte_level({shown[byte]: byte for byte in range(256)}, [])
     tokenizer.add_special_tokens([EOS])

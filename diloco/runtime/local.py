@@ -12,8 +12,20 @@ from typing import Any
 import torch
 
 from diloco import checkpoint as ckpt
-from diloco.events import CommitAll, Committed, Event, Finished, Interrupted, Joined, Measure, Push, Received
-from diloco.events import Respawn, Run, Saved
+from diloco.events import (
+    CommitAll,
+    Committed,
+    Event,
+    Finished,
+    Interrupted,
+    Joined,
+    Measure,
+    Push,
+    Received,
+    Respawn,
+    Run,
+    Saved,
+)
 from diloco.island import Island
 from diloco.messages import EVALUATOR, Contribution, IslandId, ModuleKey, Modules, Shape, SourceId, State, Task, Tensors
 from diloco.runtime.base import Backend, Final, Job, Runtime, placed

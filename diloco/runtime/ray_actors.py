@@ -136,5 +136,6 @@ def _prepare(job: Job) -> None:
         importlib.import_module(module)
 
 
-IslandActor: Any = ray.remote(concurrency_groups={"io": 1})(IslandShell)
-ShardActor: Any = ray.remote(concurrency_groups={"io": 1})(ShardShell)
+_actor: Any = ray.remote  # Ray's types know nothing of concurrency groups
+IslandActor: Any = _actor(concurrency_groups={"io": 1})(IslandShell)
+ShardActor: Any = _actor(concurrency_groups={"io": 1})(ShardShell)

@@ -17,8 +17,22 @@ from ray.exceptions import ObjectLostError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diloco import checkpoint as ckpt
-from diloco.events import CommitAll, Committed, Event, Finished, Interrupted, Joined, Lost, Measure, Push, Received
-from diloco.events import Respawn, Run, Saved, Tick
+from diloco.events import (
+    CommitAll,
+    Committed,
+    Event,
+    Finished,
+    Interrupted,
+    Joined,
+    Lost,
+    Measure,
+    Push,
+    Received,
+    Respawn,
+    Run,
+    Saved,
+    Tick,
+)
 from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SourceId, Task, Tensors
 from diloco.runtime.base import Backend, Final, Job, Runtime, placed
 from diloco.runtime.ray_actors import IslandActor, ShardActor
@@ -92,9 +106,7 @@ class RayBackend(Backend):
     def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
         """Shards and islands read their own files."""
         self._checkpoint = checkpoint
-        refs = [
-            shard.load.remote(checkpoint, placed(self._modules, index)) for index, shard in enumerate(self._shards)
-        ]
+        refs = [shard.load.remote(checkpoint, placed(self._modules, index)) for index, shard in enumerate(self._shards)]
         refs += [self._islands[IslandId(i)].load.remote(checkpoint, source) for source, i in sources.items()]
         get(refs)
 
@@ -192,9 +204,7 @@ class RayBackend(Backend):
         gpus = 0.0 if evaluator else self._job.gpus_per_worker
         # The evaluator exports to the run's directory, so it lives where the driver does.
         home = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        actor = IslandActor.options(
-            num_cpus=cpus, num_gpus=gpus, scheduling_strategy=home if evaluator else "SPREAD"
-        )
+        actor = IslandActor.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=home if evaluator else "SPREAD")
         return actor.remote(self._job, island)
 
     def _run(self, task: Task, wants: Mapping[ModuleKey, int | None]) -> None:

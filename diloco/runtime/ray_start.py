@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 
@@ -21,7 +22,7 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> None:
         _check_cluster(job)
     elif address:
         try:
-            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="warning")
+            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             hint = "start one, or unset RAY_ADDRESS"
             raise ValueError(f"no Ray cluster answers at {address} ({error}); {hint}") from error
@@ -35,7 +36,7 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> None:
             object_store_memory=object_store_bytes,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="warning",
+            logging_level=logging.ERROR,
             runtime_env=runtime_env,
         )
 
@@ -58,13 +59,14 @@ def _check_machine(job: Job) -> None:
 
 
 def _check_cluster(job: Job) -> None:
-    there = ray.cluster_resources()
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes = len(ray.nodes())  # type: ignore[no-untyped-call]
     wanted = {"CPU": job.islands * job.threads_per_worker, "GPU": job.islands * job.gpus_per_worker}
     for name, amount in wanted.items():
         if amount > there.get(name, 0.0):
             raise ValueError(
                 f"islands={job.islands} needs {amount:g} {name}, the cluster has {there.get(name, 0.0):g} in"
-                f" {len(ray.nodes())} node(s); use fewer islands or start more nodes"
+                f" {nodes} node(s); use fewer islands or start more nodes"
             )
 
 
