@@ -9,7 +9,6 @@ import json
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,10 +68,10 @@ def header_shapes(payload: Payload) -> dict[str, Shape]:
     return {name: tuple(shape) for name, shape in json.loads(payload.header)["shapes"]}
 
 
-def make_header(tensors: Tensors, **settings: Any) -> bytes:
-    """A header with the names and shapes of `tensors` and the codec's own settings."""
+def make_header(tensors: Tensors) -> bytes:
+    """A header with the names and shapes of `tensors`, in their order."""
     shapes = [[name, list(value.shape)] for name, value in tensors.items()]
-    return json.dumps({"shapes": shapes, **settings}, separators=(",", ":")).encode()
+    return json.dumps({"shapes": shapes}, separators=(",", ":")).encode()
 
 
 def _pack(codec: str, tensors: Tensors, dtype: torch.dtype) -> Payload:

@@ -123,6 +123,11 @@ def choices(group: str) -> list[str]:
     return sorted(_PARTS.get(group, {}))
 
 
+def part(group: str, name: str) -> type:
+    """The registered class `name` of a group."""
+    return _PARTS[group][name]
+
+
 def plain(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as plain values, with the class of each group by name under `choices`."""
     values = {f.name: vars(config)[f.name] for f in fields(config)}

@@ -34,16 +34,24 @@ def resolve(config: RunConfig, directory: Path | None) -> Start:
     if not config.resume:
         return Start(config=config, directory=directory or rundir.new_directory(config.name))
     if config.resume == "auto":
-        for found in rundir.candidates(config.name):
-            if (found / "config.yaml").is_file():
-                saved = configuration.load(found / "config.yaml")
-                if ckpt.CheckpointFolder(checkpoint_root(saved, found)).names():
-                    return _resumed(config, found)
+        found = newest(config.name)
+        if found is not None:
+            return _resumed(config, found)
         return Start(config=config, directory=directory or rundir.new_directory(config.name))
     path = Path(config.resume).resolve()
     if not path.is_dir():
         raise ValueError(f"resume={config.resume} is no directory; give a run's directory, or auto")
     return _resumed(config, path)
+
+
+def newest(name: str) -> Path | None:
+    """The directory of the newest run of this name that has a complete checkpoint."""
+    for found in rundir.candidates(name):
+        if (found / "config.yaml").is_file():
+            saved = configuration.load(found / "config.yaml")
+            if saved.name == name and ckpt.CheckpointFolder(checkpoint_root(saved, found)).names():
+                return found
+    return None
 
 
 def checkpoint_root(config: RunConfig, directory: Path) -> str:
@@ -71,9 +79,7 @@ def starting_values(init_from: str) -> Tensors:
         with fs.open(file, "rb") as opened:
             values |= {name: value.float() for name, value in safetensors.torch.load(opened.read()).items()}
     if not values:
-        raise ValueError(
-            f"init_from={init_from} holds no run and no *.safetensors; give a run or an exported model"
-        )
+        raise ValueError(f"init_from={init_from} holds no run and no *.safetensors; give a run or an exported model")
     return values
 
 

@@ -42,6 +42,7 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
     Returns also where the run stopped by its own rule or was interrupted; `summary["status"]` says which.
     Raises ValueError for a mistake in the configuration or input, before anything is written.
     """
+    config.metrics.check()
     start = resume.resolve(config, directory)
     config = replace(
         start.config, store=replace(start.config.store, shards=start.config.store.resolved(config.islands))
@@ -223,9 +224,8 @@ class _Session:
 
 
 def _view(config: RunConfig, corpus: Corpus, modules: Modules) -> RunView:
-    return RunView.fresh(
-        modules=modules,
-        islands=config.islands,
+    view = RunView(
+        paths=modules.paths,
         seed=config.seed,
         rounds=config.rounds,
         inner_steps=config.inner_steps,
@@ -234,6 +234,8 @@ def _view(config: RunConfig, corpus: Corpus, modules: Modules) -> RunView:
         save_every=config.checkpoint.every,
         shard_examples=corpus.shard_examples(),
     )
+    view.begin(modules, config.islands)
+    return view
 
 
 @contextmanager

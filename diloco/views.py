@@ -130,13 +130,10 @@ class RunView:
     counters: Counters = field(default_factory=Counters)
     round: int = 0  # rounds that all modules have committed
 
-    @classmethod
-    def fresh(cls, *, modules: Modules, islands: int, **settings: Any) -> RunView:
+    def begin(self, modules: Modules, islands: int) -> None:
         """A run at its start: source i contributes for island i, reads shard i and trains path i modulo paths."""
-        view = cls(paths=modules.paths, **settings)
-        view.modules = {key: ModuleView() for key in modules.shards}
-        view.place_sources(islands)
-        return view
+        self.modules = {key: ModuleView() for key in modules.shards}
+        self.place_sources(islands)
 
     def place_sources(self, islands: int) -> None:
         """Give each island its source; sources not seen before start at the present round's position."""

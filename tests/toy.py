@@ -44,7 +44,7 @@ class Vector(nn.Module):
 
 @dataclass(kw_only=True)
 class Constant(Workload):
-    """The gradient of shard i is `gradients[i]` everywhere, whatever the weights. Optionally NaN in one round's step."""
+    """The gradient of shard i is `gradients[i]` everywhere, whatever the weights; NaN at chosen steps."""
 
     gradients: list[float] = field(default_factory=lambda: [1.0, 3.0])
     start: float = 1.0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,12 @@ EVALUATION_BATCH = 8  # sequences
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_K = 50
 
-T = TypeVar("T")
-
 
 @dataclass(kw_only=True)
 class CausalLM(Workload):
     """Train a causal language model on `data`; the loss is the mean cross-entropy of next tokens, in nats."""
 
-    model: str = (
-        "tiny"  # a preset (tiny, 60m, 150m, 400m, 1.3b): new weights; or a folder or hub id: its weights
-    )
+    model: str = "tiny"  # a preset (tiny, 60m, 150m, 400m, 1.3b): new weights; or a folder or hub id: its weights
     trust_remote_code: bool = False  # run Python code that comes with a pretrained model
 
     def __post_init__(self) -> None:
@@ -55,7 +51,7 @@ class CausalLM(Workload):
                 build: Any = AutoModelForCausalLM.from_config
                 model = build(config, dtype=torch.float32, attn_implementation="sdpa")
             else:
-                model = self._pretrained(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+                model = self._pretrained(AutoModelForCausalLM, {"dtype": torch.float32})
                 model.config.use_cache = False
         assert isinstance(model, nn.Module)
         return model.train()
@@ -131,15 +127,17 @@ class CausalLM(Workload):
         config.save_pretrained(folder)
 
     def sample(self, model: nn.Module, corpus: Corpus, prompt: str, *, tokens: int, seed: int) -> str:
-        """`prompt` and at most `tokens` tokens that the model writes after it."""
+        """`prompt`, or where it is empty the start of a held-out document, and up to `tokens` tokens after it."""
         from transformers import PreTrainedModel
 
         assert isinstance(corpus, TokenCorpus) and isinstance(model, PreTrainedModel)
+        prompt = prompt or corpus.prompt()
         tokenizer = self._tokenizer(corpus)
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        _, positions = self._limits()
+        vocabulary, positions = self._limits()
         if positions:
-            ids = ids[-max(1, positions - tokens) :]
+            tokens = min(tokens, positions - 1)
+            ids = ids[-(positions - tokens) :]
         inputs = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)  # int64[1, prompt]
         generate: Any = model.generate
         with _seeded(seed, model.device), _evaluating(model):
@@ -152,6 +150,7 @@ class CausalLM(Workload):
                 top_k=SAMPLE_TOP_K,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.eos_token_id,
+                suppress_tokens=list(range(corpus.vocab_size, vocabulary)) or None,  # they stand for no text
                 use_cache=True,
             )
         # Some tokenizers drop the space before a text's first word, so decode the prompt along.
@@ -167,13 +166,14 @@ class CausalLM(Workload):
             return PRESETS[self.model].vocab_size, PRESETS[self.model].max_positions
         from transformers import AutoConfig
 
-        config = self._pretrained(AutoConfig.from_pretrained).get_text_config()
-        return config.vocab_size, getattr(
-            config, "max_position_embeddings", None
-        )  # some models have no limit
+        config = self._pretrained(AutoConfig, {}).get_text_config()
+        try:
+            return config.vocab_size, config.max_position_embeddings
+        except AttributeError:  # state-space models, say, have no limit
+            return config.vocab_size, None
 
-    def _pretrained(self, load: Callable[..., Any], **settings: Any) -> Any:
-        """What `load` gives for the folder or hub id `model`; ValueError where it cannot be loaded."""
+    def _pretrained(self, kind: Any, settings: dict[str, object]) -> Any:
+        """What an Auto class loads from the folder or hub id `model`; ValueError where it cannot."""
         remedy = f"give a preset ({', '.join(PRESETS)}), or a folder that save_pretrained wrote"
         folder = Path(self.model)
         if folder.is_dir() and not (folder / "config.json").is_file():
@@ -182,7 +182,7 @@ class CausalLM(Workload):
             raise ValueError(f"workload.model={self.model}: there is no such folder: {remedy}")
         try:
             with _without_progress_bars():
-                return load(self.model, trust_remote_code=self.trust_remote_code, **settings)
+                return kind.from_pretrained(self.model, trust_remote_code=self.trust_remote_code, **settings)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
@@ -200,9 +200,7 @@ class CausalLM(Workload):
     def _tokenizer(self, corpus: TokenCorpus) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-        tokenizer = AutoTokenizer.from_pretrained(
-            corpus.tokenizer_folder, trust_remote_code=self.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder, trust_remote_code=self.trust_remote_code)
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         return tokenizer
 
@@ -211,9 +209,7 @@ def _cross_entropy(model: nn.Module, tokens: Tensor, *, reduction: str) -> Tenso
     """Of all tokens but the first, given those before. `tokens`: int64[sequences, length + 1], any device."""
     tokens = tokens.to(next(model.parameters()).device)
     logits = model(input_ids=tokens[:, :-1]).logits  # [sequences, length, vocabulary]
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction=reduction
-    )
+    return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction=reduction)
 
 
 @contextmanager
