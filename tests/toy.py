@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from diloco import Result, RunConfig, train
 from diloco.config import register
+from diloco.coordinator import Coordinator
 from diloco.data import Data
-from diloco.messages import ShardId, State
+from diloco.events import (
+    Command,
+    CommitAll,
+    Committed,
+    Event,
+    Finished,
+    Joined,
+    Log,
+    Lost,
+    Measure,
+    Push,
+    Received,
+    Respawn,
+    Run,
+    Save,
+    Saved,
+    Started,
+    Stop,
+)
+from diloco.messages import Commit, IslandId, ModuleKey, Modules, Report, ShardId, SlotName, State, Task, Verdict
+from diloco.metrics import Metrics
+from diloco.runtime.local import Local
+from diloco.schedule import Barrier, Schedule
+from diloco.views import RunView
 from diloco.workload import Batch, Corpus, Workload
 
 
@@ -157,3 +187,185 @@ class Remembering(Line):
 register(group="workload", name="constant", node=Constant)
 register(group="workload", name="line", node=Line)
 register(group="workload", name="remembering", node=Remembering)
+
+
+@dataclass(kw_only=True)
+class Signalling(Line):
+    """Sends a signal in the batch of one step, once: while `file` exists; to the process named in it, else its own."""
+
+    file: str = ""
+    at_shard: int = 0
+    at_step: int = 0
+    number: int = 9  # SIGKILL
+
+    def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
+        path = Path(self.file)
+        if (shard, step) == (self.at_shard, self.at_step) and path.is_file():
+            process = int(path.read_text() or os.getpid())
+            path.unlink()
+            os.kill(process, self.number)
+        return super().batch(corpus, shard, step)
+
+
+register(group="workload", name="signalling", node=Signalling)
+
+
+# --- a run of a toy workload in this process, and what it left behind ---
+
+
+def launch(directory: Path, **settings: Any) -> Result:
+    """A run in `directory`: three rounds of six steps in segments of two, in runtime `local` unless said otherwise."""
+    given: dict[str, Any] = {"workload": Line(), "runtime": Local(), "metrics": Metrics(live=False)}
+    given |= {"rounds": 3, "inner_steps": 6, "segment_steps": 2}
+    return train(RunConfig(**{**given, **settings}), directory)
+
+
+def digests(result: Result) -> tuple[str, str]:
+    """Of the weights and of the outer state."""
+    return result.summary["weights_sha256"], result.summary["outer_state_sha256"]
+
+
+def records(directory: Path, *events: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, of these events or of all."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if not events or line["event"] in events]
+
+
+def warnings(directory: Path) -> list[str]:
+    """The messages of a run's warnings."""
+    return [record["message"] for record in records(directory, "warning")]
+
+
+# --- a runtime without islands, to drive a coordinator by events ---
+
+Asked: TypeAlias = Run | Push | Measure | Save | Respawn
+
+
+def make_view(*, islands: int = 2, slots: Sequence[str] = ("whole.0", "whole.1"), **settings: Any) -> RunView:
+    """A run at its start: three rounds of six steps in segments of two, evaluated and saved after each."""
+    path = {SlotName(slot): ModuleKey(f"{slot}/0") for slot in slots}
+    modules = Modules(
+        slots={slot: (f"{slot}.weight",) for slot in path},
+        paths=(path,),
+        shards={key: index for index, key in enumerate(path.values())},
+    )
+    given = {"seed": 0, "rounds": 3, "inner_steps": 6, "segment_steps": 2, "eval_every": 1, "save_every": 1}
+    examples = [10 * (i + 1) for i in range(islands)]
+    view = RunView(paths=modules.paths, shard_examples=examples, **{**given, **settings})
+    view.begin(modules, islands)
+    return view
+
+
+class FakeRuntime:
+    """Keeps what a coordinator asks for, and answers it in an order that the test chooses, or at random."""
+
+    def __init__(self, view: RunView, schedule: Schedule | None = None, *, seed: int = 0) -> None:
+        self.view = view
+        self.coordinator = Coordinator(schedule=schedule or Barrier(), run=view)
+        self.said: list[Command] = []  # all commands, in their order
+        self.asked: list[Asked] = []  # those not answered yet
+        self.stop: Stop | None = None
+        self.bad: set[tuple[int, int]] = set()  # (source, round) of contributions that are not finite
+        self._random = random.Random(seed)
+        self._now_s = 0.0
+
+    def start(self) -> list[Command]:
+        """The first event."""
+        return self.tell(Started(now_s=self.now_s()))
+
+    def tell(self, event: Event) -> list[Command]:
+        """Have the coordinator handle an event."""
+        commands = self.coordinator.handle(event)
+        for command in commands:
+            self.said.append(command)
+            if isinstance(command, Asked):
+                self.asked.append(command)
+            elif isinstance(command, Stop):
+                assert self.stop is None, "stopped twice"
+                self.stop = command
+            elif isinstance(command, CommitAll):
+                self.commit(command)
+        return commands
+
+    def now_s(self) -> float:
+        self._now_s += 1.0
+        return self._now_s
+
+    def answer(self, command: Asked) -> list[Command]:
+        """Carry out one command that was asked for, and tell the coordinator."""
+        index = next(i for i, other in enumerate(self.asked) if other is command)
+        del self.asked[index]
+        match command:
+            case Run():
+                return self.tell(Finished(now_s=self.now_s(), report=self.report(command.task)))
+            case Push(task=task):
+                verdicts = self.verdicts(task)
+                return self.tell(
+                    Received(now_s=self.now_s(), source=task.source, round=task.round, verdicts=verdicts)
+                )
+            case Measure():
+                return self.tell(Committed(now_s=self.now_s(), stats=()))
+            case Save():
+                return self.tell(Saved(now_s=self.now_s(), path=command.name, seconds=1.0))
+            case Respawn():
+                return self.tell(Joined(now_s=self.now_s(), island=command.island))
+
+    def lose(self, island: int) -> list[Command]:
+        """An island dies with all that it was given."""
+        self.asked = [c for c in self.asked if not (isinstance(c, Run) and c.task.island == island)]
+        return self.tell(Lost(now_s=self.now_s(), island=IslandId(island), reason="gone"))
+
+    def ready(self, *hold: type[Command]) -> list[Asked]:
+        """What can be answered now: of each island's tasks the first; nothing of the types in `hold`."""
+        busy: set[int] = set()
+        found: list[Asked] = []
+        for command in self.asked:
+            if isinstance(command, Run):
+                if command.task.island in busy:
+                    continue
+                busy.add(command.task.island)
+            if not isinstance(command, hold):
+                found.append(command)
+        return found
+
+    def go(self, *hold: type[Command], until: Callable[[], bool] = lambda: False) -> None:
+        """Answer at random until the run stops, `until` holds, or nothing but `hold` is left."""
+        while self.stop is None and not until() and (ready := self.ready(*hold)):
+            self.answer(self._random.choice(ready))
+
+    def tasks(self, island: int | None = None) -> list[Task]:
+        """The training tasks given out so far, in their order."""
+        given = [c.task for c in self.said if isinstance(c, Run) and c.task.steps > 0]
+        return [task for task in given if island is None or task.island == island]
+
+    def commits(self) -> list[Commit]:
+        """All outer steps so far."""
+        return [commit for c in self.said if isinstance(c, CommitAll) for commit in c.commits]
+
+    def logged(self, event: str) -> list[Mapping[str, Any]]:
+        """The records of one kind."""
+        return [c.record for c in self.said if isinstance(c, Log) and c.record["event"] == event]
+
+    # --- what tests with real islands and stores override ---
+
+    def report(self, task: Task) -> Report:
+        """Ten tokens a step; the loss of an evaluation is its round."""
+        metrics = {} if task.evaluate is None else {"eval/loss": float(task.round)}
+        sent, got = 100 * len(task.send), 100 * len(task.install)
+        return Report(
+            task=task, tokens=10 * task.steps, seconds=1.0, waiting_s=0.5, bytes_up=sent, bytes_down=got, metrics=metrics
+        )
+
+    def verdicts(self, task: Task) -> tuple[Verdict, ...]:
+        """Bad ones are not finite in their last module only."""
+        keys = [task.modules[slot] for slot in task.send]
+        good = (task.source, task.round) not in self.bad
+        return tuple(
+            Verdict(
+                module=key, source=task.source, round=task.round, finite=good or key != keys[-1], shape_ok=True, norm=1.0
+            )
+            for key in keys
+        )
+
+    def commit(self, command: CommitAll) -> None:
+        """Nothing is there to be changed."""

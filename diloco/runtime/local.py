@@ -48,6 +48,8 @@ class Local(Runtime):
                 f"runtime.seconds_per_step has {len(self.seconds_per_step)} numbers for {job.islands} islands;"
                 " give one each"
             )
+        if job.gpus_per_worker > 0 and not torch.cuda.is_available():
+            raise ValueError(f"gpus_per_worker={job.gpus_per_worker:g}: there is no CUDA device here; use 0")
         return LocalBackend(job, self.seconds_per_step or [1.0] * job.islands)
 
 

@@ -37,13 +37,13 @@ class IslandShell:
     """One island, or the evaluator."""
 
     def __init__(self, job: Job, island: IslandId) -> None:
-        _prepare(job)
-        self._gpus = job.gpus_per_worker if island != EVALUATOR else 0.0
-        self._island = job.make_island(job.corpus(), gpus=self._gpus)
+        self._job, self._gpus = job, job.gpus_per_worker if island != EVALUATOR else 0.0
         self._frozen: dict[SourceId, State] = {}
 
-    def shapes(self) -> dict[str, Shape]:
-        """The model's trainable parameters."""
+    def build(self) -> dict[str, Shape]:
+        """Make the island; returns the model's trainable parameters. Not in `__init__`, whose errors Ray rewords."""
+        _prepare(self._job)
+        self._island = self._job.make_island(self._job.corpus(), gpus=self._gpus)
         return self._island.shapes()
 
     def setup(self, modules: Modules) -> str:

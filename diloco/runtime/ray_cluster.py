@@ -56,17 +56,18 @@ class RayCluster(Runtime):
 
     def open(self, job: Job) -> Backend:
         """Connects, or starts Ray; refuses more islands than can be placed."""
-        connect(job, address=self.address, object_store_bytes=self.object_store_bytes)
-        return RayBackend(job, tick_s=self.tick_s)
+        ours = connect(job, address=self.address, object_store_bytes=self.object_store_bytes)
+        return RayBackend(job, tick_s=self.tick_s, shut_down=ours)
 
 
 class RayBackend(Backend):
     """The driver's side: references in, events out."""
 
-    def __init__(self, job: Job, *, tick_s: float) -> None:
-        self._job, self._tick_s = job, tick_s
+    def __init__(self, job: Job, *, tick_s: float, shut_down: bool) -> None:
+        self._job, self._tick_s, self._shut_down = job, tick_s, shut_down
         self._start_s = time.monotonic()
         self._islands: dict[IslandId, Any] = {}
+        self._built: dict[IslandId, Ref] = {}
         self._shards: list[Any] = []
         self._nodes: dict[IslandId, str] = {}
         self._pending = Pending()
@@ -83,14 +84,16 @@ class RayBackend(Backend):
         """Starts all actors at once, so that their imports overlap; waits for the evaluator."""
         shard = ShardActor.options(num_cpus=0, scheduling_strategy="SPREAD")
         for index in [EVALUATOR, *range(self._job.islands)]:
-            self._islands[IslandId(index)] = self._spawn(IslandId(index))
+            self._islands[IslandId(index)] = actor = self._spawn(IslandId(index))
+            self._built[IslandId(index)] = actor.build.remote()
         self._shards = [shard.remote(self._job) for _ in range(self._job.shards)]
-        found: dict[str, Shape] = get(self._islands[EVALUATOR].shapes.remote())
+        found: dict[str, Shape] = get(self._built[EVALUATOR])
         return found
 
     def setup(self, modules: Modules) -> None:
         """Tells all islands, and waits until they are ready."""
         self._modules = modules
+        get(list(self._built.values()))
         refs = {island: actor.setup.remote(modules) for island, actor in self._islands.items()}
         self._nodes = {island: get(ref) for island, ref in refs.items()}
 
@@ -190,11 +193,12 @@ class RayBackend(Backend):
         )
 
     def close(self) -> None:
-        """Ends the actors; a Ray that was started here ends with them."""
+        """Ends the actors; a Ray that was started or connected to here ends with them."""
         self._pending.clear()
         for actor in [*self._islands.values(), *self._shards]:
             ray.kill(actor)
-        ray.shutdown()
+        if self._shut_down:
+            ray.shutdown()
 
     # --- inside ---
 
@@ -262,7 +266,8 @@ class RayBackend(Backend):
 
     def _respawn(self, island: IslandId) -> None:
         actor = self._islands[island] = self._spawn(island)
-        ready = [actor.setup.remote(self._modules)]
+        built = actor.build.remote()
+        ready = [actor.setup.remote(self._modules), built]
         if self._checkpoint:
             ready.append(actor.load.remote(self._checkpoint, SourceId(island)))
 

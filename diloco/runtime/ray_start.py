@@ -6,45 +6,54 @@ import importlib
 import logging
 import os
 import sys
+import time
+from types import ModuleType
 
 import ray
+import torch
 
 from diloco.runtime.base import Job
 
 PROCESS_BYTES = 600 << 20  # what an island's imports and a small model take at least
+PLACEMENT_WAIT_S = 15.0  # for what a run that just ended still holds
 
 
-def connect(job: Job, *, address: str, object_store_bytes: int) -> None:
-    """Connect to `address` or RAY_ADDRESS where given, else start Ray here. ValueError where the run does not fit."""
-    runtime_env = {"py_modules": [sys.modules[name] for name in _top_level(job.imports)]} if job.imports else None
+def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
+    """Connect to `address` or RAY_ADDRESS where given, else start Ray here; False where Ray was connected already.
+
+    Raises ValueError where the run does not fit.
+    """
+    runtime_env = {"py_modules": _modules(job.imports)} if job.imports else None
     address = address or os.environ.get("RAY_ADDRESS", "")
     if ray.is_initialized():
         _check_cluster(job)
-    elif address:
+        return False
+    if address:
         try:
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
-            hint = "start one, or unset RAY_ADDRESS"
-            raise ValueError(f"no Ray cluster answers at {address} ({error}); {hint}") from error
-        _check_cluster(job)
-    else:
-        _check_machine(job)
-        os.environ.setdefault("RAY_preallocate_plasma_memory", "1")
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, job.islands * job.threads_per_worker),
-            object_store_memory=object_store_bytes,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env=runtime_env,
-        )
-
-
-def shared_cores(job: Job) -> str:
-    """A remark where this machine has fewer cores than the islands would fill; empty where it has enough."""
-    wanted, there = job.islands * job.threads_per_worker, os.cpu_count() or 1
-    return f"{job.islands} islands share {there} cores ({wanted} wanted)" if wanted > there else ""
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"no Ray cluster answers at {address} ({reason}); start it, or unset RAY_ADDRESS"
+            ) from error
+        try:
+            _check_cluster(job)
+        except ValueError:
+            ray.shutdown()
+            raise
+        return True
+    _check_machine(job)
+    os.environ.setdefault("RAY_preallocate_plasma_memory", "1")
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, job.islands * job.threads_per_worker),
+        object_store_memory=object_store_bytes,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env=runtime_env,
+    )
+    return True
 
 
 def _check_machine(job: Job) -> None:
@@ -56,22 +65,35 @@ def _check_machine(job: Job) -> None:
             f"islands={job.islands} needs {processes} processes of about {PROCESS_BYTES >> 20} MiB, and this machine"
             f" has {memory >> 20} MiB of memory; use islands={fits} or fewer, or a cluster (RAY_ADDRESS)"
         )
+    gpus = torch.cuda.device_count()
+    if job.islands * job.gpus_per_worker > gpus:
+        raise ValueError(
+            f"islands={job.islands} with gpus_per_worker={job.gpus_per_worker:g} need"
+            f" {job.islands * job.gpus_per_worker:g} GPUs, and this machine has {gpus}; lower one of them"
+        )
+    cores, wanted = os.cpu_count() or 1, job.islands * job.threads_per_worker
+    if wanted > cores:
+        print(f"{job.islands} islands share {cores} cores, where {wanted} would be used", file=sys.stderr)
 
 
 def _check_cluster(job: Job) -> None:
-    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    nodes = len(ray.nodes())  # type: ignore[no-untyped-call]
     wanted = {"CPU": job.islands * job.threads_per_worker, "GPU": job.islands * job.gpus_per_worker}
-    for name, amount in wanted.items():
-        if amount > there.get(name, 0.0):
-            raise ValueError(
-                f"islands={job.islands} needs {amount:g} {name}, the cluster has {there.get(name, 0.0):g} in"
-                f" {nodes} node(s); use fewer islands or start more nodes"
-            )
+    deadline_s = time.monotonic() + PLACEMENT_WAIT_S
+    while True:
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        short = [name for name, amount in wanted.items() if amount > free.get(name, 0.0)]
+        if not short:
+            return
+        if any(wanted[name] > there.get(name, 0.0) for name in short) or time.monotonic() > deadline_s:
+            break
+        time.sleep(0.5)
+    name = short[0]
+    raise ValueError(
+        f"islands={job.islands} needs {wanted[name]:g} {name}; the cluster has {there.get(name, 0.0):g}, of which"
+        f" {free.get(name, 0.0):g} free; use fewer islands, start more nodes, or end what runs there"
+    )
 
 
-def _top_level(names: tuple[str, ...]) -> list[str]:
-    top = sorted({name.partition(".")[0] for name in names})
-    for name in top:
-        importlib.import_module(name)
-    return top
+def _modules(names: tuple[str, ...]) -> list[ModuleType]:
+    return [importlib.import_module(name) for name in sorted({name.partition(".")[0] for name in names})]
