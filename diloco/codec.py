@@ -9,6 +9,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,10 +78,8 @@ def make_header(tensors: Tensors) -> bytes:
 def _pack(codec: str, tensors: Tensors, dtype: torch.dtype) -> Payload:
     sizes = [value.numel() for value in tensors.values()]
     body = np.empty(sum(sizes) * dtype.itemsize, dtype=np.uint8)
-    if body.size:
-        parts = torch.split(torch.from_numpy(body).view(dtype), sizes)
-        for part, value in zip(parts, tensors.values(), strict=True):
-            part.copy_(value.detach().reshape(-1))  # casts, and fetches from the device
+    for part, value in zip(torch.split(_typed(body, dtype), sizes), tensors.values(), strict=True):
+        part.copy_(value.detach().reshape(-1))  # casts, and fetches from the device
     return Payload(codec=codec, header=make_header(tensors), body=body)
 
 
@@ -90,9 +89,14 @@ def _unpack(codec: str, payload: Payload, dtype: torch.dtype) -> Tensors:
     shapes = header_shapes(payload)
     sizes = [math.prod(shape) for shape in shapes.values()]
     # A copy, since buffers from Ray are read-only and the values are worked on in place.
-    flat = torch.from_numpy(np.array(payload.body)).view(dtype).to(torch.float32)
+    flat = _typed(np.array(payload.body), dtype).to(torch.float32)
     parts = torch.split(flat, sizes)
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def _typed(body: np.ndarray[Any, np.dtype[np.uint8]], dtype: torch.dtype) -> torch.Tensor:
+    """The buffer's memory as a flat tensor. numpy views the bytes, since torch refuses to where there are none."""
+    return torch.from_numpy(body.view(np.int32 if dtype.itemsize == 4 else np.int16)).view(dtype)
 
 
 def _refuse_error_feedback(codec: Float32 | BFloat16, why: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from diloco import codec as codecs
 from diloco import inner as inners
@@ -147,7 +148,9 @@ def load(path: Path) -> RunConfig:
         raise ValueError(f"{path} does not exist; give the directory of a run")
     try:
         return from_mapping(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
-    except OmegaConfBaseException as error:
+    except ImportError as error:
+        raise ValueError(f"{path}: one of its imports fails: {error}") from error
+    except (OmegaConfBaseException, YAMLError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no configuration of this version: {error}") from error
 
 

@@ -33,7 +33,7 @@ from diloco.events import (
 )
 from diloco.messages import EVALUATOR, IslandId, ModuleKey, Report, SourceId, Task
 from diloco.schedule import NoMore, Schedule, Wait
-from diloco.views import Arrival, IslandView, RunView, SourceView
+from diloco.views import Arrival, IslandView, ModuleView, RunView, SourceView
 
 QUEUE_DEPTH = 2  # tasks given to an island at once, so that it never waits for the driver between two
 
@@ -44,10 +44,12 @@ class Coordinator:
     def __init__(self, *, schedule: Schedule, run: RunView) -> None:
         self.run = run
         self._schedule = schedule
+        self._queued = 0  # tasks given out to living islands and not finished
         self._pushing: set[tuple[SourceId, int]] = set()  # handed to the store, not judged yet
         self._evaluations = 0  # asked for, not answered yet
         self._measuring = 0  # likewise
         self._saving = False
+        self._saving_round = 0
         self._held = False  # a checkpoint is due while the last one is still being written
         self._draining = ""  # "" | "drain" (no new work) | "export" (islands save) | "save"
         self._stopped = False
@@ -85,9 +87,6 @@ class Coordinator:
 
     def _on_started(self, event: Started) -> list[Command]:
         commands: list[Command] = []
-        for key, module in self.run.modules.items():
-            if not module.awaited and not module.arrivals:
-                self.run.open_round(key)
         if self.run.eval_due(self.run.round) and self.run.counters.evaluated_round < self.run.round:
             commands.append(self._evaluation())
         return commands + self._dispatch(self.run.islands)
@@ -100,8 +99,8 @@ class Coordinator:
         source = self.run.sources[task.source]
         if not island.alive or island.queued == 0:
             return []  # fenced: it was given up for lost, and its work was given out again
-        island.queued -= 1
-        source.pending_tokens += report.tokens
+        self._queue(island, -1)
+        source.trained(report)
         self.run.counters.count(report)
         commands: list[Command] = [] if task.steps == 0 else [records.segment(report)]
         if "inner/fresh_state" in report.metrics:
@@ -111,8 +110,9 @@ class Coordinator:
             self._pushing.add((task.source, task.round))
             commands.append(Push(task=task))
         elif task.last:
-            source.hand_over()
-            self.run.excuse(source.source, task.modules.values())
+            source.carried_tokens += source.hand_over(task.round)
+            for key in task.modules.values():
+                self._heard(key, source.source).dropped += 1
             commands += self._commit_ready(list(task.modules.values()))
         return commands + self._dispatch([task.island])
 
@@ -124,24 +124,23 @@ class Coordinator:
         if source is None or any(m.round != event.round or event.source not in m.awaited for m in modules):
             self.run.counters.late += 1
             return [records.warning(f"a contribution of source {event.source} to round {event.round} came too late")]
-        for module in modules:
-            module.awaited.discard(event.source)
+        tokens = source.hand_over(event.round) + source.carried_tokens
+        source.carried_tokens = 0
         bad = [verdict for verdict in event.verdicts if not verdict.good]
         commands: list[Command] = []
         source.settled = [*source.settled, (event.round, not bad)]
-        source.hand_over()
-        if bad:
-            source.pending_tokens = 0
-            self.run.counters.rejected += 1
-            for module in modules:
+        examples = float(self.run.shard_examples[source.shard])
+        for verdict in event.verdicts:
+            module = self._heard(verdict.module, source.source)
+            if bad:
                 module.rejected += 1
+            else:
+                module.arrivals[source.source] = Arrival(examples=examples, tokens=tokens, norm=verdict.norm)
+        if bad:
+            self.run.counters.rejected += 1
             why = "is not finite" if bad[0].shape_ok else "has the wrong names or shapes"
             text = f"the contribution of source {event.source} to round {event.round} {why} in module {bad[0].module}"
             commands.append(records.warning(text + "; all of it was rejected"))
-        else:
-            examples = float(self.run.shard_examples[source.shard])
-            for verdict, module in zip(event.verdicts, modules, strict=True):
-                module.arrivals[event.source] = Arrival(examples=examples, norm=verdict.norm)
         return commands + self._commit_ready(keys)
 
     def _on_saved(self, event: Saved) -> list[Command]:
@@ -150,7 +149,7 @@ class Coordinator:
         if event.error:
             commands.append(records.warning(f"the checkpoint {event.path} could not be written: {event.error}"))
         else:
-            record = {"event": "checkpoint", "round": self.run.round, "path": event.path, "seconds": event.seconds}
+            record = {"event": "checkpoint", "round": self._saving_round, "path": event.path, "seconds": event.seconds}
             commands.append(Log(record=record))
         if self._held:
             self._held = False
@@ -167,30 +166,35 @@ class Coordinator:
         if not island.alive:
             return []
         self.run.counters.islands_lost += 1
-        island.alive, island.queued = False, 0
+        self._queue(island, -island.queued)
+        island.alive = False
         source = self.run.sources[island.source]
-        keys = list(self.run.path_of(source).values())
+        source.lose()
         self._pushing = {pushed for pushed in self._pushing if pushed[0] != source.source}
-        self.run.excuse(source.source, keys)
-        source.rewind(1 + max(self.run.modules[key].round for key in keys))
+        keys = list(self.run.path_of(source).values())
+        for key in keys:
+            self._heard(key, source.source)
         record = {"event": "lost", "round": self.run.round, "island": event.island, "message": event.reason}
-        return [
-            Log(record=record),
-            Respawn(island=event.island),
-            *self._commit_ready([key for key in keys if self.run.took_part(key)]),
-        ]
+        return [Log(record=record), Respawn(island=event.island), *self._go_on(keys)]
 
     def _on_joined(self, event: Joined) -> list[Command]:
         self.run.counters.islands_joined += 1
         island = self.run.islands[event.island]
-        island.alive, island.queued = True, 0
-        for key in self.run.path_of(self.run.sources[island.source]).values():
-            module = self.run.modules[key]
-            if not module.awaited and not module.arrivals:  # all were lost: the round waits for whoever comes back
-                self.run.sources[island.source].rewind(module.round)
-                module.awaited.add(island.source)
+        island.alive = True
+        source = self.run.sources[island.source]
+        keys = list(self.run.path_of(source).values())
+        source.round = 1 + max(self.run.modules[key].round for key in keys)
         record = {"event": "joined", "round": self.run.round, "island": event.island}
-        return [Log(record=record), *self._dispatch([event.island])]
+        return [Log(record=record), *self._go_on(keys)]
+
+    def _go_on(self, keys: list[ModuleKey]) -> list[Command]:
+        """After somebody left or came: end the rounds that others finished; begin anew those that nobody is left in."""
+        idle = [key for key in keys if not self.run.modules[key].awaited]
+        for key in idle:
+            if not self.run.modules[key].heard:
+                self.run.open_round(key)
+        commands = self._commit_ready([key for key in idle if self.run.modules[key].heard])
+        return commands + self._dispatch(self.run.islands)
 
     # --- rounds ---
 
@@ -225,6 +229,12 @@ class Coordinator:
         save = [self._save()] if due else []  # before work is given out, since it keeps what is known now
         return self._dispatch(run.islands) + commands + save
 
+    def _heard(self, key: ModuleKey, source: SourceId) -> ModuleView:
+        """Do not await `source` for the module's present round any more."""
+        module = self.run.modules[key]
+        module.awaited.discard(source)
+        return module
+
     # --- tasks ---
 
     def _dispatch(self, islands: Iterable[IslandId]) -> list[Command]:
@@ -241,9 +251,13 @@ class Coordinator:
         return commands
 
     def _give(self, task: Task, island: IslandView) -> Run:
-        island.queued += 1
+        self._queue(island, 1)
         self.run.sources[task.source].give(task)
         return Run(task=task, wants={task.modules[slot]: None for slot in task.install})
+
+    def _queue(self, island: IslandView, change: int) -> None:
+        island.queued += change
+        self._queued += change
 
     def _bare_task(self, island: IslandId, source: SourceView) -> Task:
         return Task(
@@ -269,24 +283,24 @@ class Coordinator:
         return Run(task=task, wants={key: None for key in task.modules.values()})
 
     def _save(self) -> Save:
-        self._saving = True
+        self._saving, self._saving_round = True, self.run.round
         return Save(name=self.run.checkpoint_name(), view=self.run.to_json())
 
     def _settle(self) -> list[Command]:
         """The end of the run, or the next step of an interruption, once nothing is under way any more."""
         if self._stopped or self._saving or self._held or self._evaluations or self._measuring or self._pushing:
             return []
-        alive = [island for island in self.run.islands.values() if island.alive]
-        if any(island.queued for island in alive):
+        if self._queued:
             return []
         if self.run.round == self.run.rounds:
             self._stopped = True
             return [Stop(status="finished")]
         if self._draining == "drain":
             self._draining = "export"
+            alive = [island for island in self.run.islands.values() if island.alive]
             tasks = [self._bare_task(island.island, self.run.sources[island.source]) for island in alive]
             for island in alive:
-                island.queued += 1
+                self._queue(island, 1)
             return [Run(task=replace(task, save=True), wants={}) for task in tasks]
         if self._draining == "export":
             self._draining = "save"

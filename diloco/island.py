@@ -173,7 +173,7 @@ class Island:
         parts: dict[str, Tensors] = {"local": {}, "anchor": {}, "inner": {}, "workload": {}}
         for name, value in state.tensors.items():
             part, _, rest = name.partition("/")
-            parts[part][rest] = value
+            parts[part][rest] = value.clone()  # the state stays what it was while this island trains on
         self._replica.write(parts["local"], keep=0.0)
         self._anchors = parts["anchor"]
         self._base_versions = {SlotName(slot): version for slot, version in state.meta["versions"].items()}

@@ -62,11 +62,10 @@ class Barrier(Schedule):
         path = run.path_of(source)
         if source.segment == 0 and any(run.modules[key].round < source.round for key in path.values()):
             return Wait()
-        done = source.position - source.round_start
-        steps = run.inner_steps - done
+        steps = run.inner_steps - source.done
         if run.segment_steps:
             steps = min(steps, run.segment_steps)
-        last = done + steps == run.inner_steps
+        last = source.done + steps == run.inner_steps
         first = source.segment == 0
         return Task(
             source=source.source,

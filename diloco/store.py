@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,7 @@ class _Module:
     inbox: dict[tuple[int, SourceId], Contribution] = field(default_factory=dict)  # by (round, source); still encoded
     verdicts: dict[tuple[int, SourceId], Verdict] = field(default_factory=dict)
     snapshot: Snapshot | None = None  # encoded once per version
-    last: tuple[Commit, list[Contribution], Snapshot | None] | None = None  # kept until it is measured
+    last: tuple[Commit, list[Contribution], Snapshot] | None = None  # kept until it is measured
 
 
 class ModuleStore:
@@ -82,12 +83,13 @@ class ModuleStore:
         """
         module = self._modules[commit.module]
         chosen = [module.inbox[commit.round, source] for source in commit.sources]
+        before = self._encoded(commit.module)
         merged = self._merge.combine((self._codec.decode(c.payload) for c in chosen), commit.weights)
         if commit.scale != 1.0:
             torch._foreach_mul_(list(merged.values()), commit.scale)
         self._outer.step(module.values, merged, module.outer)
         module.version += 1
-        module.last = (commit, chosen, module.snapshot)
+        module.last = (commit, chosen, before)
         module.snapshot = None
         for round_, source in [key for key in module.verdicts if key[0] <= commit.round]:
             module.inbox.pop((round_, source), None)
@@ -129,11 +131,13 @@ class ModuleStore:
 
     def _judge(self, contribution: Contribution, module: _Module) -> Verdict:
         finite, shape_ok, norm = False, False, float("nan")
-        delta = self._codec.decode(contribution.payload)
-        shape_ok = {n: d.shape for n, d in delta.items()} == {n: v.shape for n, v in module.values.items()}
-        # The sum of squares is finite only if every element is; float64, so that large ones do not overflow.
-        norm = float(torch.stack([n.double() for n in torch._foreach_norm(list(delta.values()))]).norm())
-        finite = norm < float("inf")
+        try:
+            delta = self._codec.decode(contribution.payload)
+        except Exception:  # of whatever kind the codec raises for bytes that are not its own
+            delta = {}
+        if {n: d.shape for n, d in delta.items()} == {n: v.shape for n, v in module.values.items()}:
+            shape_ok, norm = True, _norm(delta)
+            finite = norm < float("inf")
         return Verdict(
             module=contribution.module,
             source=contribution.source,
@@ -151,11 +155,9 @@ class ModuleStore:
         return module.snapshot
 
     def _stats(
-        self, key: ModuleKey, module: _Module, commit: Commit, chosen: Sequence[Contribution], before: Snapshot | None
+        self, key: ModuleKey, module: _Module, commit: Commit, chosen: Sequence[Contribution], before: Snapshot
     ) -> CommitStats:
-        update_square = float("nan")  # unknown when nobody pulled the values before the step
-        if before is not None:
-            update_square = _square(_flat(module.values) - _flat(self._down.decode(before.payload)))
+        update_square = _square(_flat(module.values) - _flat(self._down.decode(before.payload)))
         flats = torch.stack([_flat(self._codec.decode(c.payload)) for c in chosen[:MEASURED_SOURCES]])  # float32[k, n]
         return CommitStats(
             module=key,
@@ -165,6 +167,15 @@ class ModuleStore:
             sources=commit.sources[:MEASURED_SOURCES],
             gram=tuple(tuple(row) for row in (flats @ flats.T).tolist()),
         )
+
+
+def _norm(tensors: Tensors) -> float:
+    """L2 norm over all elements; not finite only if one of them is not."""
+    values = list(tensors.values())
+    norm = float(torch.stack(torch._foreach_norm(values)).norm())
+    if not math.isfinite(norm):  # once more in float64, since squares of large float32 overflow
+        norm = math.sqrt(sum(float(value.double().square().sum()) for value in values))
+    return norm
 
 
 def _flat(tensors: Tensors) -> torch.Tensor:

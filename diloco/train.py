@@ -112,7 +112,6 @@ class _Session:
     def take_up(self, saved: Mapping[str, Any]) -> None:
         """Go on where a checkpoint left off."""
         before = len(saved["sources"])
-        self._view.islands.clear()
         self._view.load_json(saved)
         self._view.place_sources(self._config.islands)
         if before != self._config.islands:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ class Arrival:
     """A sound contribution that waits for its commit."""
 
     examples: float  # its weight
+    tokens: int  # trained on for it
     norm: float
 
 
@@ -26,42 +27,69 @@ class ModuleView:
     awaited: set[SourceId] = field(default_factory=set)  # who takes part in that round and was not heard yet
     arrivals: dict[SourceId, Arrival] = field(default_factory=dict)
     rejected: int = 0  # contributions to that round that were refused
+    dropped: int = 0  # contributions to that round that the schedule left out
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody has finished the present round."""
+        return bool(self.arrivals or self.rejected or self.dropped)
+
+
+@dataclass(kw_only=True)
+class Work:
+    """A round that a source has begun and not handed over: what is lost with its island."""
+
+    round: int
+    start: int  # the source's position at its first step
+    tokens: int = 0  # trained on so far
 
 
 @dataclass(kw_only=True)
 class SourceView:
-    """Where one source stands: the next task to give out, and what is known of the last ones."""
+    """Where one source stands: the next task to give out, and what it has not handed over."""
 
     source: SourceId
     shard: ShardId
     path: int = 0
     round: int = 0
     segment: int = 0
+    done: int = 0  # steps of the present round that were given out
     position: int = 0  # steps of its shard that were given out
-    round_start: int = 0  # position at which its round began
-    safe_position: int = 0  # up to here its work was handed over; from here it is given out again after a loss
     dropped: bool = False  # its last round did not count: it keeps its own weights
-    pending_tokens: int = 0  # trained on, not yet committed
+    carried_tokens: int = 0  # trained on in dropped rounds, and still in its weights
+    work: list[Work] = field(default_factory=list)
     settled: list[tuple[int, bool]] = field(default_factory=list)  # verdicts that it was not told yet
 
     def give(self, task: Task) -> None:
         """Move on past a task that was given out."""
+        if task.segment == 0:
+            self.work.append(Work(round=task.round, start=task.first_step))
         self.position += task.steps
+        self.done += task.steps
         self.settled = []
         self.segment += 1
         if task.last:
-            self.round, self.segment = self.round + 1, 0
-            self.round_start = self.position
+            self.round, self.segment, self.done = self.round + 1, 0, 0
             self.dropped = not task.send
 
-    def hand_over(self) -> None:
-        """Its round's work has left the island: a loss of the island does not lose it any more."""
-        self.safe_position = self.round_start
+    def trained(self, report: Report) -> None:
+        """A task of its present work is finished."""
+        for work in self.work:
+            if work.round == report.task.round:
+                work.tokens += report.tokens
 
-    def rewind(self, round_: int) -> None:
-        """Give out again what was not handed over; it takes part from `round_` on."""
-        self.position = self.round_start = self.safe_position
-        self.round, self.segment, self.pending_tokens = round_, 0, 0
+    def hand_over(self, round_: int) -> int:
+        """The work of a round has left the island. Returns the tokens behind it."""
+        tokens = sum(work.tokens for work in self.work if work.round == round_)
+        self.work = [work for work in self.work if work.round != round_]
+        return tokens
+
+    def lose(self) -> None:
+        """Its island is gone, and what was not handed over will be given out again."""
+        if self.work:
+            self.position = self.work[0].start
+        self.work, self.segment, self.done = [], 0, 0
+        self.dropped, self.carried_tokens = False, 0
 
 
 @dataclass(kw_only=True)
@@ -136,22 +164,29 @@ class RunView:
         self.place_sources(islands)
 
     def place_sources(self, islands: int) -> None:
-        """Give each island its source; sources not seen before start at the present round's position."""
+        """Give each island its source, all of them alive; await those that the present round can still hear.
+
+        Sources not seen before start at the present round's position.
+        """
+        self.islands.clear()
         for index in range(islands):
             source = SourceId(index)
-            start = self.round * self.inner_steps
             if source not in self.sources:
                 self.sources[source] = SourceView(
                     source=source,
                     shard=ShardId(index),
                     path=index % len(self.paths),
                     round=self.round,
-                    position=start,
-                    round_start=start,
-                    safe_position=start,
+                    position=self.round * self.inner_steps,
                 )
             self.islands[IslandId(index)] = IslandView(island=IslandId(index), source=source)
         self.sources = {source: view for source, view in self.sources.items() if source < islands}
+        for key, module in self.modules.items():
+            module.awaited &= self.sources.keys()
+            for view in self.sources.values():
+                if view.round <= module.round < self.rounds and self._holds(view, key):
+                    view.round = module.round  # it may have been away for some rounds
+                    module.awaited.add(view.source)
 
     def path_of(self, source: SourceView) -> Mapping[SlotName, ModuleKey]:
         """Which module fills which slot for `source`."""
@@ -162,36 +197,26 @@ class RunView:
         module = self.modules[key]
         if module.round == self.rounds:
             return
-        slot = SlotName(key.rpartition("/")[0])
         for island in self.islands.values():
-            if island.alive and self.path_of(self.sources[island.source]).get(slot) == key:
-                module.awaited.add(island.source)
+            source = self.sources[island.source]
+            if island.alive and self._holds(source, key):
+                module.awaited.add(source.source)
+                if not source.work:
+                    source.round = module.round  # also one that came back and waited
 
-    def excuse(self, source: SourceId, keys: Iterable[ModuleKey]) -> None:
-        """Do not await `source` for these modules' present round any more."""
-        for key in keys:
-            self.modules[key].awaited.discard(source)
-
-    def took_part(self, key: ModuleKey) -> bool:
-        """Whether anybody was heard, or excused by the schedule, in the module's present round."""
-        module = self.modules[key]
-        if module.arrivals or module.rejected:
-            return True
-        others = (self.sources[island.source] for island in self.islands.values() if island.alive)
-        return any(source.round > module.round for source in others)
+    def _holds(self, source: SourceView, key: ModuleKey) -> bool:
+        return self.path_of(source).get(SlotName(key.rpartition("/")[0])) == key
 
     def commit(self, commits: Sequence[Commit]) -> None:
         """The modules took these steps, or ended their round without one; their next round opens."""
         self.counters.outer_steps += any(commit.sources for commit in commits)
-        contributors = {source for commit in commits for source in commit.sources}
-        self.counters.accepted += len(contributors)
-        for source in contributors:
-            self.counters.tokens += self.sources[source].pending_tokens
-            self.sources[source].pending_tokens = 0
+        tokens = {s: self.modules[c.module].arrivals[s].tokens for c in commits for s in c.sources}
+        self.counters.accepted += len(tokens)
+        self.counters.tokens += sum(tokens.values())
         for commit in commits:
             module = self.modules[commit.module]
             module.version += bool(commit.sources)
-            module.round, module.rejected = module.round + 1, 0
+            module.round, module.rejected, module.dropped = module.round + 1, 0, 0
             module.arrivals.clear()
             self.open_round(commit.module)
 
@@ -205,19 +230,22 @@ class RunView:
 
     def checkpoint_name(self) -> str:
         """`round-000005` between rounds; with the furthest step where some sources are within one."""
-        steps = max((source.position - source.round_start for source in self.sources.values()), default=0)
-        within = any(source.segment > 0 or source.round > self.round for source in self.sources.values())
-        return f"round-{self.round:06d}" + (f"-steps-{steps:06d}" if within else "")
+        steps = 0
+        for source in self.sources.values():
+            steps = max(steps, source.done if source.round == self.round else self.inner_steps)
+        between = all(source.done == 0 and source.round == self.round for source in self.sources.values())
+        return f"round-{self.round:06d}" + ("" if between else f"-steps-{steps:06d}")
 
     def restart_rounds(self) -> None:
-        """Forget what happened within the present round, so that it is trained again from its start."""
+        """Forget what happened within the present round, so that all train it from its start."""
         for source in self.sources.values():
-            source.round, source.segment, source.pending_tokens = self.round, 0, 0
-            source.position = source.round_start = source.safe_position = self.round * self.inner_steps
-            source.dropped = False
-        for module in self.modules.values():
-            module.round, module.rejected = self.round, 0
+            source.lose()
+            source.round, source.position = self.round, self.round * self.inner_steps
+        for key, module in self.modules.items():
+            module.round, module.rejected, module.dropped = self.round, 0, 0
             module.arrivals.clear()
+            module.awaited.clear()
+            self.open_round(key)
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps: progress, not settings."""
@@ -237,7 +265,8 @@ class RunView:
         self.sources = {}
         for entry in saved["sources"]:
             settled = [(round_, accepted) for round_, accepted in entry["settled"]]
-            self.sources[entry["source"]] = SourceView(**{**entry, "settled": settled})
+            work = [Work(**begun) for begun in entry["work"]]
+            self.sources[entry["source"]] = SourceView(**{**entry, "settled": settled, "work": work})
         for key, entry in saved["modules"].items():
             arrivals = {SourceId(int(s)): Arrival(**arrival) for s, arrival in entry["arrivals"].items()}
             awaited = {SourceId(source) for source in entry["awaited"]}

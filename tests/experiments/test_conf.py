@@ -1,0 +1,63 @@
+"""Every shipped experiment composes to a sound RunConfig, and says only what differs from the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from diloco.config import GROUPS, SINGLE, RunConfig, choice_of
+from experiments.composition import Request, experiments, single
+
+FOLDER = files("experiments.conf") / "experiment"
+NAMES = sorted(path.name.removesuffix(".yaml") for path in FOLDER.iterdir() if path.name.endswith(".yaml"))
+
+
+def content(name: str) -> dict[str, Any]:
+    found = OmegaConf.to_container(OmegaConf.create((FOLDER / f"{name}.yaml").read_text()))
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_the_experiments_are_found() -> None:
+    assert NAMES == experiments() and {"smoke", "quickstart"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_composes_and_is_known_by_its_name(name: str) -> None:
+    config = single(Request(overrides=(f"+experiment={name}",))).config
+    assert isinstance(config, RunConfig)
+    assert config.experiment == config.name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_repeats_no_default(name: str) -> None:
+    config, default = single(Request(overrides=(f"+experiment={name}",))).config, RunConfig()
+    given = content(name)
+    for choice in given.pop("defaults", []):
+        for address, chosen in choice.items():
+            key = address.removeprefix("override ").removeprefix("/").rpartition("@")[2]
+            assert chosen != choice_of(key, vars(default)[key]), f"{address}: {chosen} is the default"
+    for path, value in leaves(given):
+        top, _, rest = path.partition(".")
+        if top in (*GROUPS, *SINGLE):
+            assert value != OmegaConf.select(OmegaConf.structured(type(vars(config)[top])), rest), f"{path}: the default"
+        else:
+            assert value != vars(default)[top], f"{path}: {value} is the default"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_says_what_it_is(name: str) -> None:
+    lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_" and lines[1].startswith("# ")
