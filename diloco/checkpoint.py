@@ -53,25 +53,44 @@ class CheckpointFolder:
 
     def complete(self, name: str, manifest: Mapping[str, Any], files: Mapping[str, str], keep: int) -> str:
         """Write the manifest, rename, and drop all but the `keep` newest. Returns the checkpoint's path."""
-        text = json.dumps({**manifest, "files": dict(files)}, indent=1)
+        whole = {**manifest, "files": dict(files)}
         with self._fs.open(f"{self._path}/{name}.tmp/{MANIFEST}", "w") as out:
-            out.write(text)
-        self._remove(f"{self._path}/{name}")
+            out.write(json.dumps({**whole, "sha256": _json_digest(whole)}, indent=1))
+        replaced = self._fs.exists(f"{self._path}/{name}")
+        if replaced:  # kept until the new one stands
+            self._fs.mv(f"{self._path}/{name}", f"{self._path}/{name}.old.tmp", recursive=True)
         self._fs.mv(f"{self._path}/{name}.tmp", f"{self._path}/{name}", recursive=True)
-        for old in self.names()[:-keep]:
-            self._remove(f"{self._path}/{old}")
+        self._remove(f"{self._path}/{name}.old.tmp")
+        names = self.names()
+        kept = [other for other in names if other <= name][-keep:]  # later ones are of a future that was given up
+        for other in names:
+            if other not in kept:
+                self._remove(f"{self._path}/{other}")
         return f"{self.root}/{name}"
 
     def abandon(self, name: str) -> None:
         """Remove what there is of an incomplete checkpoint."""
         self._remove(f"{self._path}/{name}.tmp")
 
+    def clean(self) -> None:
+        """Remove what runs that were killed left half-written; one that was being replaced is put back."""
+        if not self._fs.isdir(self._path):
+            return
+        for entry in self._fs.ls(self._path, detail=False):
+            path = str(entry).rstrip("/")
+            final = path.removesuffix(".old.tmp")
+            if final != path and not self._fs.exists(final):
+                self._fs.mv(path, final, recursive=True)
+            elif path.endswith(".tmp"):
+                self._remove(path)
+
     def names(self) -> list[str]:
         """Complete checkpoints, the oldest first."""
         if not self._fs.isdir(self._path):
             return []
         found = (str(entry).rstrip("/").rpartition("/")[2] for entry in self._fs.ls(self._path, detail=False))
-        return sorted(n for n in found if n.startswith("round-") and self._fs.exists(f"{self._path}/{n}/{MANIFEST}"))
+        complete = (n for n in found if n.startswith("round-") and not n.endswith(".tmp"))
+        return sorted(n for n in complete if self._fs.exists(f"{self._path}/{n}/{MANIFEST}"))
 
     def newest(self) -> tuple[str, dict[str, Any]]:
         """Path and manifest of the newest checkpoint whose files are all there with their checksums.
@@ -89,6 +108,9 @@ class CheckpointFolder:
         try:
             with self._fs.open(f"{self._path}/{name}/{MANIFEST}", "r") as file:
                 manifest: dict[str, Any] = json.load(file)
+            if manifest.pop("sha256") != _json_digest(manifest):
+                problems.append(f"{name}/{MANIFEST} has another checksum than it says")
+                return None
             for relative, sha256 in manifest["files"].items():
                 if _digest(f"{self.root}/{name}/{relative}") != sha256:
                     problems.append(f"{name}/{relative} has another checksum than its manifest says")
@@ -127,8 +149,19 @@ def read_source(folder: str, source: SourceId) -> State | None:
 
 
 def read_values(folder: str) -> Tensors:
-    """The global float32 values of all modules of a checkpoint (of plain runs: one module a slot)."""
+    """Float32 values by parameter name: of a checkpoint's modules, or of all safetensors files in another folder.
+
+    Raises ValueError where there are none.
+    """
     values: Tensors = {}
+    fs, plain = fsspec.core.url_to_fs(folder)
+    if not fs.exists(f"{plain}/{MANIFEST}"):
+        for path in sorted(fs.glob(f"{plain}/*.safetensors")):
+            with fs.open(path, "rb") as file:
+                values |= {name: value.float() for name, value in safetensors.torch.load(file.read()).items()}
+        if not values:
+            raise ValueError(f"init_from={folder} holds no run and no *.safetensors; give a run or an exported model")
+        return values
     with fsspec.open(f"{folder}/{MANIFEST}", "r") as file:
         files = json.load(file)["files"]
     for path in sorted(files):
@@ -183,6 +216,10 @@ def _read(path: str) -> State:
     length = int.from_bytes(data[:8], "little")
     meta = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["meta"])
     return State(tensors=safetensors.torch.load(data), meta=meta)
+
+
+def _json_digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,10 @@ class Codec(ABC):
     def decode(self, payload: Payload) -> Tensors:
         """Fresh, writable float32 CPU tensors with the encoded names and shapes."""
 
+    def view(self, payload: Payload) -> Tensors:
+        """What `decode` gives, to be read only: a codec may give the payload's own memory instead of a copy."""
+        return self.decode(payload)
+
 
 @dataclass(kw_only=True)
 class Float32(Codec):
@@ -46,6 +51,10 @@ class Float32(Codec):
     def decode(self, payload: Payload) -> Tensors:
         """Exact."""
         return _unpack("float32", payload, torch.float32)
+
+    def view(self, payload: Payload) -> Tensors:
+        """The payload's own memory."""
+        return _unpack("float32", payload, torch.float32, copy=False)
 
 
 @dataclass(kw_only=True)
@@ -83,20 +92,24 @@ def _pack(codec: str, tensors: Tensors, dtype: torch.dtype) -> Payload:
     return Payload(codec=codec, header=make_header(tensors), body=body)
 
 
-def _unpack(codec: str, payload: Payload, dtype: torch.dtype) -> Tensors:
+def _unpack(codec: str, payload: Payload, dtype: torch.dtype, *, copy: bool = True) -> Tensors:
     if payload.codec != codec:
         raise ValueError(f"a payload of codec {payload.codec} cannot be decoded by {codec}")
     shapes = header_shapes(payload)
     sizes = [math.prod(shape) for shape in shapes.values()]
-    # A copy, since buffers from Ray are read-only and the values are worked on in place.
-    flat = _typed(np.array(payload.body), dtype).to(torch.float32)
+    if copy and dtype is torch.float32:
+        flat = _typed(payload.body, dtype).clone()  # buffers from Ray are read-only
+    else:
+        flat = _typed(payload.body, dtype).to(torch.float32)
     parts = torch.split(flat, sizes)
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def _typed(body: np.ndarray[Any, np.dtype[np.uint8]], dtype: torch.dtype) -> torch.Tensor:
     """The buffer's memory as a flat tensor. numpy views the bytes, since torch refuses to where there are none."""
-    return torch.from_numpy(body.view(np.int32 if dtype.itemsize == 4 else np.int16)).view(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(body.view(np.int32 if dtype.itemsize == 4 else np.int16)).view(dtype)
 
 
 def _refuse_error_feedback(codec: Float32 | BFloat16, why: str) -> None:

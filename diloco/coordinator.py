@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from enum import Enum
 
 from diloco import records
 from diloco.events import (
@@ -35,7 +36,17 @@ from diloco.messages import EVALUATOR, IslandId, ModuleKey, Report, SourceId, Ta
 from diloco.schedule import NoMore, Schedule, Wait
 from diloco.views import Arrival, IslandView, ModuleView, RunView, SourceView
 
+STALL_S = 120.0  # without any event but ticks, before the coordinator says who is awaited
 QUEUE_DEPTH = 2  # tasks given to an island at once, so that it never waits for the driver between two
+
+
+class Drain(Enum):
+    """How far an interruption has come."""
+
+    no = "no"
+    tasks = "tasks"  # no new work; what was given out is finished
+    export = "export"  # islands copy what belongs to their sources
+    save = "save"  # the checkpoint is written
 
 
 class Coordinator:
@@ -49,17 +60,20 @@ class Coordinator:
         self._evaluations = 0  # asked for, not answered yet
         self._measuring = 0  # likewise
         self._saving = False
-        self._saving_round = 0
+        self._saving_round = 0  # rounds in the checkpoint being written
         self._held = False  # a checkpoint is due while the last one is still being written
-        self._draining = ""  # "" | "drain" (no new work) | "export" (islands save) | "save"
+        self._draining = Drain.no
         self._stopped = False
         self._now_s = 0.0
+        self._heard_s, self._patience_s = 0.0, STALL_S
 
     def handle(self, event: Event) -> list[Command]:
         """What to do now. Commands are to be carried out in their order, before the next event is handled."""
         if self._stopped:
             return []
         self._now_s = event.now_s
+        if not isinstance(event, Tick):
+            self._heard_s, self._patience_s = event.now_s, STALL_S
         match event:
             case Started():
                 commands = self._on_started(event)
@@ -77,10 +91,11 @@ class Coordinator:
             case Joined():
                 commands = self._on_joined(event)
             case Interrupted():
-                self._draining = self._draining or "drain"
+                if self._draining is Drain.no:
+                    self._draining = Drain.tasks
                 commands = []
             case Tick():
-                commands = []
+                commands = self._on_tick(event)
         return commands + self._settle()
 
     # --- events ---
@@ -105,15 +120,15 @@ class Coordinator:
         commands: list[Command] = [] if task.steps == 0 else [records.segment(report)]
         if "inner/fresh_state" in report.metrics:
             text = f"source {task.source} starts with empty optimizer state at step {task.first_step}, and a warm-up"
-            commands.append(records.warning(text))
+            commands.append(records.warning(text, self.run.round))
         if task.send:
             self._pushing.add((task.source, task.round))
             commands.append(Push(task=task))
         elif task.last:
-            source.carried_tokens += source.hand_over(task.round)
-            for key in task.modules.values():
+            keys = [key for key in task.modules.values() if self.run.modules[key].round == task.round]
+            for key in keys:
                 self._heard(key, source.source).dropped += 1
-            commands += self._commit_ready(list(task.modules.values()))
+            commands += self._commit_ready(keys)
         return commands + self._dispatch([task.island])
 
     def _on_received(self, event: Received) -> list[Command]:
@@ -121,11 +136,12 @@ class Coordinator:
         keys = [verdict.module for verdict in event.verdicts]
         source = self.run.sources.get(event.source)
         modules = [self.run.modules[key] for key in keys]
-        if source is None or any(m.round != event.round or event.source not in m.awaited for m in modules):
+        awaited = all(m.round == event.round and event.source in m.awaited for m in modules)
+        if source is None or source.attempt != event.attempt or not awaited:
             self.run.counters.late += 1
-            return [records.warning(f"a contribution of source {event.source} to round {event.round} came too late")]
-        tokens = source.hand_over(event.round) + source.carried_tokens
-        source.carried_tokens = 0
+            text = f"a contribution of source {event.source} to round {event.round} came too late"
+            return [records.warning(text, self.run.round)]
+        tokens = source.hand_over(event.round)
         bad = [verdict for verdict in event.verdicts if not verdict.good]
         commands: list[Command] = []
         source.settled = [*source.settled, (event.round, not bad)]
@@ -140,14 +156,15 @@ class Coordinator:
             self.run.counters.rejected += 1
             why = "is not finite" if bad[0].shape_ok else "has the wrong names or shapes"
             text = f"the contribution of source {event.source} to round {event.round} {why} in module {bad[0].module}"
-            commands.append(records.warning(text + "; all of it was rejected"))
+            commands.append(records.warning(text + "; all of it was rejected", self.run.round))
         return commands + self._commit_ready(keys)
 
     def _on_saved(self, event: Saved) -> list[Command]:
         self._saving = False
         commands: list[Command] = []
         if event.error:
-            commands.append(records.warning(f"the checkpoint {event.path} could not be written: {event.error}"))
+            text = f"the checkpoint {event.path} could not be written: {event.error}"
+            commands.append(records.warning(text, self._saving_round))
         else:
             record = {"event": "checkpoint", "round": self._saving_round, "path": event.path, "seconds": event.seconds}
             commands.append(Log(record=record))
@@ -155,7 +172,7 @@ class Coordinator:
             self._held = False
             save = self._save()
             commands += [*self._dispatch(self.run.islands), save]
-        elif self._draining == "save":
+        elif self._draining is Drain.save:
             self._stopped = True
             reason = f"could not write a checkpoint: {event.error}" if event.error else ""
             commands.append(Stop(status="interrupted", reason=reason))
@@ -195,6 +212,15 @@ class Coordinator:
                 self.run.open_round(key)
         commands = self._commit_ready([key for key in idle if self.run.modules[key].heard])
         return commands + self._dispatch(self.run.islands)
+
+    def _on_tick(self, event: Tick) -> list[Command]:
+        """A barrier that stalls says who has not arrived."""
+        if event.now_s - self._heard_s < self._patience_s:
+            return []
+        self._patience_s *= 2
+        awaited = sorted({source for module in self.run.modules.values() for source in module.awaited})
+        text = f"nothing was heard for {event.now_s - self._heard_s:.0f} s; round {self.run.round} waits for {awaited}"
+        return [records.warning(text, self.run.round)]
 
     # --- rounds ---
 
@@ -239,7 +265,7 @@ class Coordinator:
 
     def _dispatch(self, islands: Iterable[IslandId]) -> list[Command]:
         commands: list[Command] = []
-        if self._held or self._draining:
+        if self._held or self._draining is not Drain.no:
             return commands
         for island in islands:
             view = self.run.islands[island]
@@ -292,18 +318,18 @@ class Coordinator:
             return []
         if self._queued:
             return []
-        if self.run.round == self.run.rounds:
+        if self.run.round >= self.run.rounds:
             self._stopped = True
             return [Stop(status="finished")]
-        if self._draining == "drain":
-            self._draining = "export"
+        if self._draining is Drain.tasks:
+            self._draining = Drain.export
             alive = [island for island in self.run.islands.values() if island.alive]
             tasks = [self._bare_task(island.island, self.run.sources[island.source]) for island in alive]
             for island in alive:
                 self._queue(island, 1)
             return [Run(task=replace(task, save=True), wants={}) for task in tasks]
-        if self._draining == "export":
-            self._draining = "save"
+        if self._draining is Drain.export:
+            self._draining = Drain.save
             return [self._save()]
         return []
 

@@ -60,8 +60,8 @@ class Display:
                 self._islands.setdefault(int(_amount(record, "island")), {}).update(record)
             case "commit":
                 self._round = int(_amount(record, "round"))
-                self._sent_bytes = _amount(record, "comm/bytes_up") + _amount(record, "comm/bytes_down")
-                self._commits.append((self._round, self._now[0], _amount(record, "tokens")))
+                self._sent_bytes = _amount(record, "total/bytes_up") + _amount(record, "total/bytes_down")
+                self._commits.append((self._round, self._now[0], _amount(record, "total/tokens")))
                 self._say(self._commit_line(), show=self._live is None)
             case "evaluation":
                 self._evaluated(record)

@@ -35,6 +35,7 @@ class Received:
     source: SourceId
     round: int
     verdicts: tuple[Verdict, ...]
+    attempt: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

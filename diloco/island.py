@@ -77,6 +77,10 @@ class Island:
         """Learn which parameters form which slot."""
         self._modules = modules
 
+    def num_parameters(self) -> int:
+        """All of the model's parameters, frozen ones too; a tied one counts once."""
+        return sum(p.numel() for p in self._replica.model.parameters())
+
     def initial(self, keys: Sequence[ModuleKey], values: Tensors | None = None) -> list[Snapshot]:
         """The model's present values, or `values`, as version 0 of these modules: what the store is filled with.
 
@@ -101,7 +105,14 @@ class Island:
         start_s = time.perf_counter()
         waiting_s = 0.0 if self._last_end_s is None else start_s - self._last_end_s
         self._become(task.source, task.first_step)
-        self.install(snapshots, task.keep)  # line 4: theta_i <- theta; the anchor is what was installed
+        refused = any(not accepted for _, accepted in task.settled)
+        if refused:  # moments that met a number that is not finite never recover
+            self._start_fresh(task.first_step)
+        assert all(s.version == task.install[self._slot_of(s.module)] for s in snapshots), "torn versions"
+        # Weights that were refused, or were never trained here, are not kept.
+        self.install(
+            snapshots, 0.0 if refused or not self._anchors else task.keep
+        )  # line 4: theta_i <- theta; the anchor is what was installed
         train_start_s = time.perf_counter()
         losses: list[Tensor] = []
         norms: list[Tensor] = []
@@ -120,6 +131,10 @@ class Island:
         seconds = time.perf_counter() - train_start_s
         if task.evaluate is not None:
             found = self._workload.evaluate(self._replica.model, self._corpus, task.evaluate)
+            if "loss" not in found:
+                raise ValueError(
+                    f"{type(self._workload).__name__}.evaluate gave {sorted(found)}; it must give 'loss' too"
+                )
             metrics |= {f"eval/{name}": value for name, value in found.items()}
         contributions = [self._contribution(task, slot) for slot in task.send]  # line 9
         self._last_end_s = time.perf_counter()
@@ -136,12 +151,11 @@ class Island:
 
     def install(self, snapshots: Sequence[Snapshot], keep: float = 0.0) -> None:
         """Write global values into the model, `keep` of its own surviving; the values as installed are the anchor."""
-        assert self._modules is not None
         for snapshot in snapshots:
             values = self._down.decode(snapshot.payload)
             self._replica.write(values, keep)
             self._anchors |= values
-            self._base_versions[self._modules.slot_of(snapshot.module)] = snapshot.version
+            self._base_versions[self._slot_of(snapshot.module)] = snapshot.version
 
     def export(self, source: SourceId) -> State:
         """Copies of all that belongs to `source`: optimizer state, local weights, anchors, the workload's own."""
@@ -211,10 +225,18 @@ class Island:
         if self._source == source:
             return
         if self._source is not None:
-            self._optimizers = self._inner.build(self._replica.parameters())
             self._anchors, self._base_versions = {}, {}
         self._source = source
+        self._start_fresh(step)
+
+    def _start_fresh(self, step: int) -> None:
+        """Empty optimizer state, with a short warm-up where it is not the run's start."""
+        self._optimizers = self._inner.build(self._replica.parameters())
         self._fresh_since = step if step > 0 else None
+
+    def _slot_of(self, module: ModuleKey) -> SlotName:
+        assert self._modules is not None
+        return self._modules.slot_of(module)
 
     def _inner_step(self, task: Task, step: int) -> tuple[Tensor, Tensor, int, dict[str, float]]:
         """One optimizer step on one batch: (loss, gradient norm, tokens, metrics). Does not wait for the device."""
@@ -231,12 +253,15 @@ class Island:
             (loss * share).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() * share
         parameters = list(self._replica.parameters().values())
-        norm = nn.utils.clip_grad_norm_(parameters, self._inner.clip or float("inf"), foreach=True)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        if self._inner.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self._inner.clip, norm, foreach=True)
         lr = set_rate(self._optimizers, self._rate_share(step))
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return total, norm, tokens, {**metrics, "inner/lr": lr}
+        named = {f"inner/{name}": value for name, value in metrics.items()}
+        return total, norm, tokens, {**named, "inner/lr": lr}
 
     def _rate_share(self, step: int) -> float:
         share = self._inner.rate_share(step, self._total_steps)
@@ -257,6 +282,7 @@ class Island:
             round=task.round,
             base_version=self._base_versions[slot],
             payload=self._codec.encode(delta),
+            attempt=task.attempt,
         )
 
 

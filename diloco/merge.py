@@ -18,7 +18,7 @@ class Merge(ABC):
 
     @abstractmethod
     def combine(self, deltas: Iterable[Tensors], weights: Sequence[float]) -> Tensors:
-        """One float32 pseudo-gradient with the names and shapes of the deltas, which may be written over.
+        """One float32 pseudo-gradient with the names and shapes of the deltas, which are only read, never given back.
 
         `weights` has one positive number a delta (the examples behind it). The iterable is read once, so
         that no more than one decoded delta need exist beside the sum.
@@ -50,9 +50,9 @@ class Mean(Merge):
             raise ValueError(f"cannot take a mean of {len(weights)} contributions with the weights {shares}")
         mean: Tensors = {}
         for delta, share in zip(deltas, shares, strict=True):
-            if mean:
-                torch._foreach_add_(list(mean.values()), [delta[name] for name in mean], alpha=share / total)
-            else:
-                mean = {name: value.to(torch.float32) for name, value in delta.items()}
-                torch._foreach_mul_(list(mean.values()), share / total)
+            for name, value in delta.items():
+                if name in mean:
+                    mean[name].add_(value, alpha=share / total)
+                else:
+                    mean[name] = value.to(torch.float32) * (share / total)
         return mean

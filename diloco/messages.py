@@ -57,6 +57,7 @@ class Task:
     steps: int
     send: tuple[SlotName, ...]
     last: bool  # ends the source's round
+    attempt: int = 0  # how often the source's work was given out anew; a later one replaces an earlier one
     evaluate: str | None = None  # a split to evaluate after installing
     save: bool = False  # export the source's state after the last step, for a checkpoint
     settled: tuple[tuple[int, bool], ...] = ()  # (round, accepted) of earlier contributions, for error feedback
@@ -78,7 +79,7 @@ class Payload:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Contribution:
-    """Anchor minus local weights of one module by one source. Idempotence key: (module, source, round)."""
+    """Anchor minus local weights of one module by one source. Idempotence key: (module, source, round, attempt)."""
 
     module: ModuleKey
     source: SourceId
@@ -86,6 +87,7 @@ class Contribution:
     round: int
     base_version: int
     payload: Payload
+    attempt: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,6 +123,7 @@ class Verdict:
     finite: bool
     shape_ok: bool
     norm: float  # L2 norm of the decoded contribution
+    attempt: int = 0
 
     @property
     def good(self) -> bool:
@@ -147,8 +150,8 @@ class CommitStats:
     round: int
     version: int  # after the step
     update_square: float  # squared L2 norm of (new values - old values)
-    sources: tuple[SourceId, ...]  # those measured
-    gram: tuple[tuple[float, ...], ...]  # dot products of the contributions of `sources`
+    sources: tuple[SourceId, ...]
+    gram: tuple[tuple[float, ...], ...]  # dot products of the contributions of the first few of `sources`
 
 
 @dataclass(kw_only=True)

@@ -42,7 +42,8 @@ class Sgd(OuterOptimizer):
 
     def step(self, params: Tensors, delta: Tensors, state: Tensors) -> None:
         """Writes `params` in place."""
-        torch._foreach_add_(list(params.values()), [delta[name] for name in params], alpha=-self.lr)
+        for name, value in params.items():
+            value.add_(delta[name], alpha=-self.lr)
 
 
 @dataclass(kw_only=True)
@@ -67,13 +68,9 @@ class Nesterov(OuterOptimizer):
 
     def step(self, params: Tensors, delta: Tensors, state: Tensors) -> None:
         """Writes `params` and the momenta in place."""
-        values = list(params.values())
-        deltas = [delta[name] for name in params]
-        momenta = [state[f"momentum/{name}"] for name in params]
-        torch._foreach_mul_(momenta, self.momentum)
-        torch._foreach_add_(momenta, deltas)
-        torch._foreach_add_(values, deltas, alpha=-self.lr)
-        torch._foreach_add_(values, momenta, alpha=-self.lr * self.momentum)
+        for name, value in params.items():  # one tensor at a time, which stays in the processor's cache
+            momentum = state[f"momentum/{name}"].mul_(self.momentum).add_(delta[name])
+            value.add_(delta[name], alpha=-self.lr).add_(momentum, alpha=-self.lr * self.momentum)
 
 
 def _check_lr(lr: float) -> None:

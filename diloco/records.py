@@ -28,10 +28,10 @@ def committed(event: Committed, counters: Counters) -> Log:
         "outer/cosines": cosines,
         "outer/contributors": list(stats[0].sources),
         "outer/staleness": 0,
-        "tokens": counters.tokens,
-        "comm/bytes_up": counters.bytes_up,
-        "comm/bytes_down": counters.bytes_down,
-        "comm/seconds_waiting": counters.waiting_s,
+        "total/tokens": counters.tokens,
+        "total/bytes_up": counters.bytes_up,
+        "total/bytes_down": counters.bytes_down,
+        "total/seconds_waiting": counters.waiting_s,
     }
     return Log(record=record)
 
@@ -57,6 +57,6 @@ def segment(report: Report) -> Log:
     return Log(record=record)
 
 
-def warning(message: str) -> Log:
+def warning(message: str, round_: int) -> Log:
     """Something the user should know; the run goes on."""
-    return Log(record={"event": "warning", "message": message})
+    return Log(record={"event": "warning", "round": round_, "message": message})

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import fsspec
-import safetensors.torch
 
 from diloco import checkpoint as ckpt
 from diloco import config as configuration
 from diloco import rundir
 from diloco.config import RunConfig
-from diloco.messages import Tensors
 
 MAY_DIFFER = ("islands", "workers", "rounds", "runtime", "checkpoint", "metrics", "threads_per_worker")
 
@@ -47,7 +44,7 @@ def resolve(config: RunConfig, directory: Path | None) -> Start:
 def newest(name: str) -> Path | None:
     """The directory of the newest run of this name that has a complete checkpoint."""
     for found in rundir.candidates(name):
-        if (found / "config.yaml").is_file():
+        with suppress(ValueError):  # of another version, or broken off
             saved = configuration.load(found / "config.yaml")
             if saved.name == name and ckpt.CheckpointFolder(checkpoint_root(saved, found)).names():
                 return found
@@ -63,24 +60,13 @@ def checkpoint_root(config: RunConfig, directory: Path) -> str:
     return f"{config.checkpoint.path.rstrip('/')}/{name}"
 
 
-def starting_values(init_from: str) -> Tensors:
-    """Float32 values by parameter name from a run's newest checkpoint, or from a folder's safetensors files.
-
-    Raises ValueError where there are none.
-    """
+def starting_folder(init_from: str) -> str:
+    """Where the weights that `init_from` names lie: a run's newest checkpoint, or the folder itself."""
     path = Path(init_from)
-    if (path / "config.yaml").is_file():
-        saved = configuration.load(path / "config.yaml")
-        folder, _ = ckpt.CheckpointFolder(checkpoint_root(saved, path.resolve())).newest()
-        return ckpt.read_values(folder)
-    values: Tensors = {}
-    fs, plain = fsspec.core.url_to_fs(init_from)
-    for file in sorted(fs.glob(f"{plain}/*.safetensors")):
-        with fs.open(file, "rb") as opened:
-            values |= {name: value.float() for name, value in safetensors.torch.load(opened.read()).items()}
-    if not values:
-        raise ValueError(f"init_from={init_from} holds no run and no *.safetensors; give a run or an exported model")
-    return values
+    if not (path / "config.yaml").is_file():
+        return str(path.resolve()) if path.exists() else init_from
+    saved = configuration.load(path / "config.yaml")
+    return ckpt.CheckpointFolder(checkpoint_root(saved, path.resolve())).newest()[0]
 
 
 def _resumed(config: RunConfig, directory: Path) -> Start:

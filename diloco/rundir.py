@@ -13,12 +13,9 @@ RUNS = Path("runs")
 
 
 def new_directory(name: str) -> Path:
-    """`runs/<date>_<time>_<name>`, not made yet; a number is added where it is taken."""
-    stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}"
-    path, number = RUNS / stem, 1
-    while path.exists():
-        number += 1
-        path = RUNS / f"{stem}-{number}"
+    """`runs/<date>_<time>_<name>`, not made yet; waits for the next second where it is taken."""
+    while (path := RUNS / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}").exists():
+        time.sleep(0.1)
     return path.absolute()
 
 

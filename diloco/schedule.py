@@ -80,6 +80,7 @@ class Barrier(Schedule):
             steps=steps,
             send=() if not last or self._drops(run, source) else tuple(path),
             last=last,
+            attempt=source.attempt,
             save=last and run.save_due(source.round + 1),
             settled=tuple(source.settled),
         )

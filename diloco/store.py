@@ -64,11 +64,13 @@ class ModuleStore:
     def push(self, contribution: Contribution) -> Verdict:
         """Keep the encoded contribution and say whether it is sound.
 
-        A second push of the same (module, source, round) changes nothing and gets the first one's verdict.
+        A second push of the same (module, source, round) changes nothing and gets the first one's verdict, unless
+        it is of a later attempt: then it takes the earlier one's place.
         """
         module = self._modules[contribution.module]
         key = (contribution.round, contribution.source)
-        if key not in module.verdicts:
+        if key not in module.verdicts or module.verdicts[key].attempt < contribution.attempt:
+            module.inbox.pop(key, None)
             verdict = self._judge(contribution, module)
             module.verdicts[key] = verdict
             if verdict.good:
@@ -84,7 +86,7 @@ class ModuleStore:
         module = self._modules[commit.module]
         chosen = [module.inbox[commit.round, source] for source in commit.sources]
         before = self._encoded(commit.module)
-        merged = self._merge.combine((self._codec.decode(c.payload) for c in chosen), commit.weights)
+        merged = self._merge.combine((self._codec.view(c.payload) for c in chosen), commit.weights)
         if commit.scale != 1.0:
             torch._foreach_mul_(list(merged.values()), commit.scale)
         self._outer.step(module.values, merged, module.outer)
@@ -132,7 +134,7 @@ class ModuleStore:
     def _judge(self, contribution: Contribution, module: _Module) -> Verdict:
         finite, shape_ok, norm = False, False, float("nan")
         try:
-            delta = self._codec.decode(contribution.payload)
+            delta = self._codec.view(contribution.payload)
         except Exception:  # of whatever kind the codec raises for bytes that are not its own
             delta = {}
         if {n: d.shape for n, d in delta.items()} == {n: v.shape for n, v in module.values.items()}:
@@ -145,6 +147,7 @@ class ModuleStore:
             finite=finite,
             shape_ok=shape_ok,
             norm=norm,
+            attempt=contribution.attempt,
         )
 
     def _encoded(self, key: ModuleKey) -> Snapshot:
@@ -157,15 +160,17 @@ class ModuleStore:
     def _stats(
         self, key: ModuleKey, module: _Module, commit: Commit, chosen: Sequence[Contribution], before: Snapshot
     ) -> CommitStats:
-        update_square = _square(_flat(module.values) - _flat(self._down.decode(before.payload)))
-        flats = torch.stack([_flat(self._codec.decode(c.payload)) for c in chosen[:MEASURED_SOURCES]])  # float32[k, n]
+        old = self._down.view(before.payload)
+        update_square = sum(_dot(step, step) for step in (value - old[n] for n, value in module.values.items()))
+        deltas = [self._codec.view(c.payload) for c in chosen[:MEASURED_SOURCES]]
+        gram = [[sum(_dot(a[n], b[n]) for n in a) for b in deltas[: i + 1]] for i, a in enumerate(deltas)]
         return CommitStats(
             module=key,
             round=commit.round,
             version=module.version,
             update_square=update_square,
-            sources=commit.sources[:MEASURED_SOURCES],
-            gram=tuple(tuple(row) for row in (flats @ flats.T).tolist()),
+            sources=commit.sources,
+            gram=tuple(tuple(gram[max(i, j)][min(i, j)] for j in range(len(gram))) for i in range(len(gram))),
         )
 
 
@@ -178,12 +183,8 @@ def _norm(tensors: Tensors) -> float:
     return norm
 
 
-def _flat(tensors: Tensors) -> torch.Tensor:
-    return torch.cat([value.reshape(-1) for value in tensors.values()])
-
-
-def _square(flat: torch.Tensor) -> float:
-    return float(flat @ flat)
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.dot(a.reshape(-1), b.reshape(-1)))
 
 
 def _module_state(module: _Module) -> State:
@@ -198,11 +199,12 @@ def _module_state(module: _Module) -> State:
                 "island": contribution.island,
                 "round": contribution.round,
                 "base_version": contribution.base_version,
+                "attempt": contribution.attempt,
                 "codec": contribution.payload.codec,
                 "header": contribution.payload.header.decode(),
             }
         )
-    verdicts = [[v.source, v.round, v.finite, v.shape_ok, v.norm] for v in module.verdicts.values()]
+    verdicts = [[v.source, v.round, v.finite, v.shape_ok, v.norm, v.attempt] for v in module.verdicts.values()]
     return State(tensors=tensors, meta={"version": module.version, "inbox": inbox, "verdicts": verdicts})
 
 
@@ -224,10 +226,11 @@ def _module_from(key: ModuleKey, state: State) -> _Module:
             island=entry["island"],
             round=entry["round"],
             base_version=entry["base_version"],
+            attempt=entry["attempt"],
             payload=payload,
         )
-    for source, round_, finite, shape_ok, norm in state.meta["verdicts"]:
+    for source, round_, finite, shape_ok, norm, attempt in state.meta["verdicts"]:
         module.verdicts[round_, source] = Verdict(
-            module=key, source=source, round=round_, finite=finite, shape_ok=shape_ok, norm=norm
+            module=key, source=source, round=round_, finite=finite, shape_ok=shape_ok, norm=norm, attempt=attempt
         )
     return module

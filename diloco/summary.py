@@ -58,7 +58,13 @@ def digests(final: Final | None) -> dict[str, object]:
 
 
 def write(path: Path, summary: dict[str, object]) -> None:
+    """Write as JSON, whole or not at all; what is not a number, which JSON has not, as null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
+    write_text(path, json.dumps(finite, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write under a temporary name and rename, so that the file is whole or absent."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    temporary.write_text(text)
     temporary.rename(path)

@@ -48,9 +48,14 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
         start.config, store=replace(start.config.store, shards=start.config.store.resolved(config.islands))
     )
     job = make_job(config)
-    values = resume.starting_values(config.init_from) if config.init_from and not start.checkpoint else None
+    init_from = resume.starting_folder(config.init_from) if config.init_from and not start.checkpoint else ""
     _say("preparing the corpus and the tokenizer")
     corpus = job.corpus()
+    if start.manifest is not None and start.manifest["data_sha256"] != corpus.sha256:
+        raise ValueError(
+            f"resume={config.resume}: the data is no longer what it was (sha256 {corpus.sha256[:12]} now,"
+            f" {start.manifest['data_sha256'][:12]} then); restore it, or start a run with init_from={config.resume}"
+        )
     _say(f"starting {config.islands} island(s)")
     backend = config.runtime.open(job)
     try:
@@ -62,7 +67,7 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
         view = _view(config, corpus, modules)
         session = _Session(replace(start, config=config), backend, view, modules, shapes, corpus)
         if start.manifest is None:
-            backend.fill(values)
+            backend.fill(init_from)
         else:
             session.take_up(start.manifest["view"])
         return session.run()
@@ -113,7 +118,6 @@ class _Session:
         """Go on where a checkpoint left off."""
         before = len(saved["sources"])
         self._view.load_json(saved)
-        self._view.place_sources(self._config.islands)
         if before != self._config.islands:
             self._view.restart_rounds()
             self._notes.append(
@@ -125,7 +129,8 @@ class _Session:
     def run(self) -> Result:
         """The main loop, and what is left behind."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        (self._directory / "config.yaml").write_text(configuration.to_yaml(self._config))
+        summary.write_text(self._directory / "config.yaml", configuration.to_yaml(self._config))
+        ckpt.CheckpointFolder(self._root).clean()
         rundir.point_latest(self._directory)
         manifest = self._start.manifest or {}
         writer, display = open_metrics(
@@ -202,7 +207,7 @@ class _Session:
             "workers": config.workers,
             "inner_steps": config.inner_steps,
             "rounds": view.round,
-            "parameters": self._parameters,
+            "parameters": None if final is None else final.parameters,
             "trainable_parameters": self._parameters,
             **summary.outcome(view.counters, islands=config.islands, parameters=self._parameters, wall_s=wall_s),
             **summary.digests(final),

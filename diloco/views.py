@@ -56,7 +56,7 @@ class SourceView:
     done: int = 0  # steps of the present round that were given out
     position: int = 0  # steps of its shard that were given out
     dropped: bool = False  # its last round did not count: it keeps its own weights
-    carried_tokens: int = 0  # trained on in dropped rounds, and still in its weights
+    attempt: int = 0  # how often its work was lost
     work: list[Work] = field(default_factory=list)
     settled: list[tuple[int, bool]] = field(default_factory=list)  # verdicts that it was not told yet
 
@@ -79,17 +79,17 @@ class SourceView:
                 work.tokens += report.tokens
 
     def hand_over(self, round_: int) -> int:
-        """The work of a round has left the island. Returns the tokens behind it."""
-        tokens = sum(work.tokens for work in self.work if work.round == round_)
-        self.work = [work for work in self.work if work.round != round_]
+        """The work up to a round, dropped ones included, has left the island. Returns the tokens behind it."""
+        tokens = sum(work.tokens for work in self.work if work.round <= round_)
+        self.work = [work for work in self.work if work.round > round_]
         return tokens
 
     def lose(self) -> None:
         """Its island is gone, and what was not handed over will be given out again."""
         if self.work:
             self.position = self.work[0].start
-        self.work, self.segment, self.done = [], 0, 0
-        self.dropped, self.carried_tokens = False, 0
+        self.work, self.segment, self.done, self.dropped = [], 0, 0, False
+        self.attempt += 1
 
 
 @dataclass(kw_only=True)
@@ -135,7 +135,7 @@ class Counters:
     def count_evaluation(self, round_: int, loss: float) -> None:
         """The global weights' validation loss after `round_` rounds."""
         self.val_loss, self.evaluated_round = loss, round_
-        if self.initial_val_loss is None:
+        if round_ == 0:
             self.initial_val_loss = loss
         self.best_val_loss = loss if self.best_val_loss is None else min(loss, self.best_val_loss)
 
@@ -259,7 +259,7 @@ class RunView:
         }
 
     def load_json(self, saved: Mapping[str, Any]) -> None:
-        """Take back what `to_json` gave."""
+        """Take back what `to_json` gave, for the islands that there are now."""
         self.round = saved["round"]
         self.counters = Counters(**saved["counters"])
         self.sources = {}
@@ -271,3 +271,4 @@ class RunView:
             arrivals = {SourceId(int(s)): Arrival(**arrival) for s, arrival in entry["arrivals"].items()}
             awaited = {SourceId(source) for source in entry["awaited"]}
             self.modules[ModuleKey(key)] = ModuleView(**{**entry, "awaited": awaited, "arrivals": arrivals})
+        self.place_sources(len(self.islands))

@@ -306,6 +306,7 @@ def taken_up(saved: Any, **settings: Any) -> Any:
     """A view that goes on from a checkpoint, which is JSON."""
     view = make_view(**settings)
     view.load_json(json.loads(json.dumps(saved)))
+    view.place_sources(len(view.islands))
     return view
 
 
@@ -662,10 +663,7 @@ def test_another_number_of_islands_takes_up_where_the_rounds_ended(islands: int)
     runtime = begun(islands=2, rounds=4)
     runtime.go(until=lambda: runtime.view.round == 2)
     save = [c for c in runtime.said if isinstance(c, Save)][-1]
-    view = make_view(islands=islands, rounds=4)
-    view.islands.clear()
-    view.load_json(json.loads(json.dumps(save.view)))
-    view.place_sources(islands)
+    view = taken_up(save.view, islands=islands, rounds=4)
     view.restart_rounds()
     resumed = FakeRuntime(view)
     resumed.start()

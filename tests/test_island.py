@@ -19,7 +19,7 @@ from diloco.island import Island
 from diloco.layout import Whole
 from diloco.messages import Contribution, IslandId, ModuleKey, ShardId, Snapshot, SourceId, State, Task, Tensors
 from diloco.workload import Batch, Workload
-from tests.toy import Constant, Line, Perceptron, Remembering
+from tests.toy import Constant, Line, Perceptron, Remembering, WithBatchNorm
 
 TOTAL_STEPS = 40
 
@@ -151,7 +151,7 @@ def test_keep_leaves_the_local_weights_and_takes_the_new_anchor() -> None:
     island = make_island()
     island.run(task(island, steps=3, install=True), snapshots(island))
     before = part(island.export(SourceId(0)), "local/")
-    newer = snapshots(island, seed=1, version=4)
+    newer = snapshots(island, seed=1)
     _, sent = island.run(task(island, steps=0, first_step=3, install=True, keep=1.0, send=True), newer)
     after = island.export(SourceId(0))
     assert bits(part(after, "local/")) == bits(before)
@@ -225,12 +225,6 @@ def test_frozen_parameters_are_no_part_of_a_slot_and_do_not_move() -> None:
     assert island._replica.model.get_parameter("norm.weight").unique().tolist() == [1.0]
 
 
-@dataclass(kw_only=True)
-class WithBatchNorm(Line):
-    def build_model(self, seed: int) -> nn.Module:
-        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-
-
 def test_a_model_with_batch_statistics_is_refused() -> None:
     with pytest.raises(ValueError, match="batch statistics"):
         make_island(WithBatchNorm())
@@ -295,7 +289,7 @@ def test_randomness_differs_between_steps_sources_and_seeds_of_a_run() -> None:
 
     def coin(source: int, step: int) -> float:
         report, _ = island.run(task(island, steps=1, first_step=step, source=SourceId(source)), [])
-        return report.metrics["coin"]
+        return report.metrics["inner/coin"]
 
     coins = {(source, step): coin(source, step) for source in (0, 1) for step in range(4)}
     assert len(set(coins.values())) == 8

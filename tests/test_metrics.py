@@ -60,8 +60,8 @@ def segment(island: int, loss: float | None) -> dict[str, object]:
 
 
 def commit(rounds_done: int) -> dict[str, object]:
-    sent = {"comm/bytes_up": rounds_done * 2e6, "comm/bytes_down": rounds_done * 1e6}
-    return {"event": "commit", "round": rounds_done, "tokens": rounds_done * 4096, **sent}
+    sent = {"total/bytes_up": rounds_done * 2e6, "total/bytes_down": rounds_done * 1e6}
+    return {"event": "commit", "round": rounds_done, "total/tokens": rounds_done * 4096, **sent}
 
 
 def play(sink: Sink, rounds: int = 20) -> None:

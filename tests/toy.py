@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,7 @@ class ToyCorpus:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(str(self.examples).encode()).hexdigest()
+        return hashlib.sha256(b"toy").hexdigest()  # of the data, however many shards it is dealt to
 
     def shard_examples(self) -> list[int]:
         return self.examples
@@ -198,14 +199,22 @@ register(group="workload", name="remembering", node=Remembering)
 
 @dataclass(kw_only=True)
 class Signalling(Line):
-    """Sends a signal in the batch of one step, once: while `file` exists; to the process named in it, else its own."""
+    """Sends a signal in the batch of one step, once: while `file` exists; to the process named in it, else its own.
+
+    In the batch of another step, or first of all in the same one, it waits for `gate` to exist.
+    """
 
     file: str = ""
     at_shard: int = 0
     at_step: int = 0
     number: int = 9  # SIGKILL
+    gate: str = ""
+    gate_shard: int = 0
+    gate_step: int = -1
 
     def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
+        if (shard, step) == (self.gate_shard, self.gate_step):
+            wait_for(Path(self.gate).exists)
         path = Path(self.file)
         if (shard, step) == (self.at_shard, self.at_step) and path.is_file():
             process = int(path.read_text() or os.getpid())
@@ -214,7 +223,25 @@ class Signalling(Line):
         return super().batch(corpus, shard, step)
 
 
+@dataclass(kw_only=True)
+class WithBatchNorm(Line):
+    """A model that no island accepts."""
+
+    def build_model(self, seed: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+
 register(group="workload", name="signalling", node=Signalling)
+register(group="workload", name="with_batch_norm", node=WithBatchNorm)
+
+
+def wait_for(condition: Callable[[], bool], *, limit_s: float = 60.0) -> None:
+    """Look again and again. TimeoutError where it takes too long."""
+    start_s = time.monotonic()
+    while not condition():
+        if time.monotonic() - start_s > limit_s:
+            raise TimeoutError("what was waited for did not happen")
+        time.sleep(0.05)
 
 
 # --- a run of a toy workload in this process, and what it left behind ---
@@ -308,7 +335,13 @@ class FakeRuntime:
             case Push(task=task):
                 verdicts = self.verdicts(task)
                 return self.tell(
-                    Received(now_s=self.now_s(), source=task.source, round=task.round, verdicts=verdicts)
+                    Received(
+                        now_s=self.now_s(),
+                        source=task.source,
+                        round=task.round,
+                        verdicts=verdicts,
+                        attempt=task.attempt,
+                    )
                 )
             case Measure():
                 return self.tell(Committed(now_s=self.now_s(), stats=()))

@@ -15,7 +15,7 @@ from diloco.events import CommitAll, Event, Measure, Push, Respawn, Run
 from diloco.inner import Inner
 from diloco.island import Island
 from diloco.merge import Merge
-from diloco.messages import ModuleKey, Modules, Shape, SourceId, Tensors
+from diloco.messages import ModuleKey, Modules, Shape, SourceId
 from diloco.outer import OuterOptimizer
 from diloco.store import ModuleStore
 from diloco.workload import Corpus, Workload
@@ -85,6 +85,7 @@ class Job:
 class Final:
     """What the evaluator and the store say at the end."""
 
+    parameters: int  # frozen ones too
     weights_sha256: str
     outer_digests: dict[str, str]
     sample: str
@@ -102,8 +103,8 @@ class Backend(ABC):
         """Start islands and shards, and tell them the layout."""
 
     @abstractmethod
-    def fill(self, values: Tensors | None) -> None:
-        """Fill the store with the model's initial values, or with `values`."""
+    def fill(self, init_from: str) -> None:
+        """Fill the store with the model's initial values, or with those that `checkpoint.read_values` finds there."""
 
     @abstractmethod
     def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:

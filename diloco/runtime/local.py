@@ -27,7 +27,7 @@ from diloco.events import (
     Saved,
 )
 from diloco.island import Island
-from diloco.messages import EVALUATOR, Contribution, IslandId, ModuleKey, Modules, Shape, SourceId, State, Task, Tensors
+from diloco.messages import EVALUATOR, Contribution, IslandId, ModuleKey, Modules, Shape, SourceId, State, Task
 from diloco.runtime.base import Backend, Final, Job, Runtime, placed
 
 
@@ -84,8 +84,9 @@ class LocalBackend(Backend):
             island.setup(modules)
         self._shards = [self._job.make_store() for _ in range(self._job.shards)]
 
-    def fill(self, values: Tensors | None) -> None:
+    def fill(self, init_from: str) -> None:
         """From the evaluator's fresh model."""
+        values = ckpt.read_values(init_from) if init_from else None
         for index, shard in enumerate(self._shards):
             shard.fill(self._islands[EVALUATOR].initial(placed(self._modules, index), values))
 
@@ -161,7 +162,12 @@ class LocalBackend(Backend):
             evaluator.write_model(Path(folder))
         digests = {name: digest for shard in self._shards for name, digest in shard.outer_digests().items()}
         sample = evaluator.sample(prompt) if folder is not None else ""
-        return Final(weights_sha256=evaluator.weights_sha256(), outer_digests=digests, sample=sample)
+        return Final(
+            parameters=evaluator.num_parameters(),
+            weights_sha256=evaluator.weights_sha256(),
+            outer_digests=digests,
+            sample=sample,
+        )
 
     def close(self) -> None:
         """Gives torch its threads back."""
@@ -189,7 +195,13 @@ class LocalBackend(Backend):
     def _push(self, task: Task) -> None:
         sent = self._sent.pop((task.source, task.round))
         verdicts = [self._shards[self._modules.shards[c.module]].push(c) for c in sent]
-        event = Received(now_s=self._clock_s, source=task.source, round=task.round, verdicts=tuple(verdicts))
+        event = Received(
+            now_s=self._clock_s,
+            source=task.source,
+            round=task.round,
+            verdicts=tuple(verdicts),
+            attempt=task.attempt,
+        )
         self._later(0.0, event)
 
     def _later(self, delay_s: float, event: Event) -> None:

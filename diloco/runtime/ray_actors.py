@@ -27,7 +27,6 @@ from diloco.messages import (
     SourceId,
     State,
     Task,
-    Tensors,
     Verdict,
 )
 from diloco.runtime.base import Job
@@ -51,9 +50,11 @@ class IslandShell:
         self._island.setup(modules)
         return str(ray.get_runtime_context().get_node_id())
 
-    def initial(self, keys: Sequence[ModuleKey], values: Tensors | None) -> list[Snapshot]:
-        """Version 0 of these modules."""
-        return self._island.initial(keys, values)
+    def initial(self, groups: Sequence[Sequence[ModuleKey]], init_from: str) -> Any:
+        """Version 0 of these modules, one list of snapshots for each group (a shard of the store)."""
+        values = ckpt.read_values(init_from) if init_from else None
+        parts = [self._island.initial(keys, values) for keys in groups]
+        return parts if len(parts) > 1 else parts[0]
 
     def load(self, checkpoint: str, source: SourceId) -> None:
         """Become a source of a checkpoint, where it has that source."""
@@ -76,12 +77,13 @@ class IslandShell:
         """Write what the last task with `save` left of this source."""
         return ckpt.write_source(folder, source, self._frozen[source])
 
-    def finish(self, snapshots: Sequence[Any], folder: str | None, prompt: str) -> tuple[str, str]:
-        """Install the final weights; export and sample where there is a folder. Returns (SHA-256, sample)."""
+    def finish(self, snapshots: Sequence[Any], folder: str | None, prompt: str) -> tuple[int, str, str]:
+        """Install the final weights; export and sample where there is a folder: (parameters, SHA-256, sample)."""
         self._island.install([snapshot for ref in snapshots for snapshot in ray.get(ref)])
         if folder is not None:
             self._island.write_model(Path(folder))
-        return self._island.weights_sha256(), self._island.sample(prompt) if folder is not None else ""
+        sample = self._island.sample(prompt) if folder is not None else ""
+        return self._island.num_parameters(), self._island.weights_sha256(), sample
 
 
 class ShardShell:

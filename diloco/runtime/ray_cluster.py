@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diloco import checkpoint as ckpt
@@ -33,10 +33,10 @@ from diloco.events import (
     Saved,
     Tick,
 )
-from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SourceId, Task, Tensors
+from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SourceId, Task
 from diloco.runtime.base import Backend, Final, Job, Runtime, placed
 from diloco.runtime.ray_actors import IslandActor, ShardActor
-from diloco.runtime.ray_refs import Pending, Ref, get, short
+from diloco.runtime.ray_refs import Pending, Ref, died, get, short
 from diloco.runtime.ray_start import connect
 
 
@@ -60,6 +60,9 @@ class RayCluster(Runtime):
         return RayBackend(job, tick_s=self.tick_s, shut_down=ours)
 
 
+MAX_FAILED_STARTS = 3
+
+
 class RayBackend(Backend):
     """The driver's side: references in, events out."""
 
@@ -74,6 +77,7 @@ class RayBackend(Backend):
         self._events: deque[Event] = deque()
         self._sent: dict[tuple[SourceId, int], list[tuple[int, Ref]]] = {}
         self._pulled: dict[tuple[int, str, tuple[tuple[ModuleKey, int | None], ...]], Ref] = {}
+        self._revived: dict[IslandId, int] = {}  # times since it last finished a task
         self._exported: dict[SourceId, IslandId] = {}
         self._checkpoint = ""  # the newest complete one
         self._interrupted = False
@@ -97,14 +101,12 @@ class RayBackend(Backend):
         refs = {island: actor.setup.remote(modules) for island, actor in self._islands.items()}
         self._nodes = {island: get(ref) for island, ref in refs.items()}
 
-    def fill(self, values: Tensors | None) -> None:
-        """The evaluator's fresh weights go to the shards directly."""
-        evaluator = self._islands[EVALUATOR]
-        refs = [
-            shard.fill.remote(evaluator.initial.remote(placed(self._modules, index), values))
-            for index, shard in enumerate(self._shards)
-        ]
-        get(refs)
+    def fill(self, init_from: str) -> None:
+        """The evaluator's weights go to the shards directly."""
+        groups = [placed(self._modules, index) for index in range(len(self._shards))]
+        initial = self._islands[EVALUATOR].initial.options(num_returns=len(groups)).remote(groups, init_from)
+        parts = initial if len(groups) > 1 else [initial]
+        get([shard.fill.remote(part) for shard, part in zip(self._shards, parts, strict=True)])
 
     def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
         """Shards and islands read their own files."""
@@ -186,10 +188,13 @@ class RayBackend(Backend):
     def finish(self, folder: str | None, prompt: str) -> Final:
         """On the evaluator; only digests and the sample come back."""
         snapshots = [shard.pull.remote(dict.fromkeys(placed(self._modules, i))) for i, shard in enumerate(self._shards)]
-        digest, sample = get(self._islands[EVALUATOR].finish.remote(snapshots, folder, prompt))
+        parameters, digest, sample = get(self._islands[EVALUATOR].finish.remote(snapshots, folder, prompt))
         digests = get([shard.outer_digests.remote() for shard in self._shards])
         return Final(
-            weights_sha256=digest, outer_digests={k: v for part in digests for k, v in part.items()}, sample=sample
+            parameters=parameters,
+            weights_sha256=digest,
+            outer_digests={k: v for part in digests for k, v in part.items()},
+            sample=sample,
         )
 
     def close(self) -> None:
@@ -212,7 +217,6 @@ class RayBackend(Backend):
         return actor.remote(self._job, island)
 
     def _run(self, task: Task, wants: Mapping[ModuleKey, int | None]) -> None:
-        island = self._islands[task.island]
         shards = sorted({self._modules.shards[task.modules[slot]] for slot in task.send})
         by_shard: dict[int, dict[ModuleKey, int | None]] = {}
         for key, have in wants.items():
@@ -221,20 +225,30 @@ class RayBackend(Backend):
         order = sorted(by_shard, key=lambda shard: (shard - task.island - 1) % len(self._shards))
         snapshots = [self._pull(shard, by_shard[shard], self._nodes[task.island]) for shard in order]
         groups = [[task.modules[s] for s in task.send if self._modules.shards[task.modules[s]] == n] for n in shards]
-        answers = island.run.options(num_returns=1 + len(shards)).remote(task, snapshots, groups)
-        report, *contributions = answers if shards else [answers]
-        if shards:
-            self._sent[task.source, task.round] = list(zip(shards, contributions, strict=True))
+        self._submit(task, snapshots, dict(zip(shards, groups, strict=True)))
+
+    def _submit(self, task: Task, snapshots: list[Ref], groups: dict[int, list[ModuleKey]]) -> None:
+        actor = self._islands[task.island]
+        answers = actor.run.options(num_returns=1 + len(groups)).remote(task, snapshots, list(groups.values()))
+        report, *contributions = answers if groups else [answers]
+        if groups:
+            self._sent[task.source, task.round] = list(zip(groups, contributions, strict=True))
         if task.save:
             self._exported[task.source] = task.island
 
-        def done(reports: list[Any], error: Exception | None) -> None:
-            if error is None:
-                self._events.append(Finished(now_s=self.now_s(), report=reports[0]))
-            elif isinstance(error, RayActorError) and task.island != EVALUATOR:
-                self._events.append(Lost(now_s=self.now_s(), island=task.island, reason=short(error)))
-            else:
+        def done(reports: list[Any], error: RayError | None) -> None:
+            if error is not None and not died(error):
                 raise error
+            if task.island == EVALUATOR and error is not None:
+                if self._islands[EVALUATOR] is actor:
+                    self._revive(EVALUATOR)
+                self._submit(task, snapshots, groups)
+            elif self._islands[task.island] is actor:  # else it was replaced, and its work given out again
+                now_s = self.now_s()
+                if error is None:
+                    self._revived.pop(task.island, None)
+                lost = None if error is None else Lost(now_s=now_s, island=task.island, reason=short(error))
+                self._events.append(lost or Finished(now_s=now_s, report=reports[0]))
 
         self._pending.add([report], done)
 
@@ -246,40 +260,59 @@ class RayBackend(Backend):
         return self._pulled[key]
 
     def _push(self, task: Task) -> None:
-        def done(answers: list[Any], error: Exception | None) -> None:
-            if error is not None:
-                if isinstance(error, RayActorError | ObjectLostError):
-                    return  # the island died with what it had trained; its own Lost event says so
+        def done(answers: list[Any], error: RayError | None) -> None:
+            if error is not None and died(error):
+                raise RuntimeError(f"a shard of the store is lost ({short(error)}); go on with resume=") from error
+            if isinstance(error, ObjectLostError):  # with the node of the island
+                self._events.append(Lost(now_s=self.now_s(), island=task.island, reason=short(error)))
+            elif error is not None:
                 raise error
-            verdicts = tuple(verdict for answer in answers for verdict in answer)
-            event = Received(now_s=self.now_s(), source=task.source, round=task.round, verdicts=verdicts)
-            self._events.append(event)
+            else:
+                self._events.append(
+                    Received(
+                        now_s=self.now_s(),
+                        source=task.source,
+                        round=task.round,
+                        verdicts=tuple(verdict for answer in answers for verdict in answer),
+                        attempt=task.attempt,
+                    )
+                )
 
         sent = self._sent.pop((task.source, task.round))
         self._pending.add([self._shards[shard].push.remote(ref) for shard, ref in sent], done)
 
-    def _on_measured(self, answers: list[Any], error: Exception | None) -> None:
+    def _on_measured(self, answers: list[Any], error: RayError | None) -> None:
         if error is not None:
             raise error
         stats = tuple(found for answer in answers for found in answer)
         self._events.append(Committed(now_s=self.now_s(), stats=stats))
 
-    def _respawn(self, island: IslandId) -> None:
+    def _revive(self, island: IslandId) -> list[Ref]:
+        """A new actor in the place of one that died; the answers to wait for, that of `setup` first."""
+        self._revived[island] = self._revived.get(island, 0) + 1
+        if self._revived[island] > MAX_FAILED_STARTS:
+            raise RuntimeError(f"island {island} died {MAX_FAILED_STARTS} times without finishing a task")
+        self._exported = {source: holder for source, holder in self._exported.items() if holder != island}
         actor = self._islands[island] = self._spawn(island)
         built = actor.build.remote()
-        ready = [actor.setup.remote(self._modules), built]
-        if self._checkpoint:
-            ready.append(actor.load.remote(self._checkpoint, SourceId(island)))
+        return [actor.setup.remote(self._modules), built]
 
-        def done(answers: list[Any], error: Exception | None) -> None:
-            if error is not None:
+    def _respawn(self, island: IslandId) -> None:
+        ready = self._revive(island)
+        if self._checkpoint:
+            ready.append(self._islands[island].load.remote(self._checkpoint, SourceId(island)))
+
+        def done(answers: list[Any], error: RayError | None) -> None:
+            if error is not None and not died(error):
                 raise error
+            if error is not None:
+                return self._respawn(island)
             self._nodes[island] = answers[0]
             self._events.append(Joined(now_s=self.now_s(), island=island))
 
         self._pending.add(ready, done)
 
 
-def _raise_errors(answers: list[Any], error: Exception | None) -> None:
+def _raise_errors(answers: list[Any], error: RayError | None) -> None:
     if error is not None:
         raise error

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 Ref: TypeAlias = Any  # ray.ObjectRef, whose parameter says nothing here
-Then: TypeAlias = Callable[[list[Any], Exception | None], None]
+Then: TypeAlias = Callable[[list[Any], RayError | None], None]
 
 
 @dataclass(kw_only=True)
@@ -18,6 +18,7 @@ class _Gather:
     answers: list[Any]
     waiting: int
     then: Then
+    error: RayError | None = None
 
 
 class Pending:
@@ -27,7 +28,7 @@ class Pending:
         self._gathers: dict[Ref, tuple[_Gather, int]] = {}
 
     def add(self, refs: Sequence[Ref], then: Then) -> None:
-        """Call `then(answers, None)` when all are there, or `then([], error)` at the first failure."""
+        """When all are answered, call `then(answers, None)`, or `then([], error)` with the first failure."""
         gather = _Gather(answers=[None] * len(refs), waiting=len(refs), then=then)
         for index, ref in enumerate(refs):
             self._gathers[ref] = (gather, index)
@@ -41,13 +42,10 @@ class Pending:
         try:
             gather.answers[index] = ray.get(ready[0])
         except RayError as error:
-            for ref in [ref for ref, (other, _) in self._gathers.items() if other is gather]:
-                del self._gathers[ref]
-            gather.then([], cause(error))
-            return True
+            gather.error = gather.error or error
         gather.waiting -= 1
         if gather.waiting == 0:
-            gather.then(gather.answers, None)
+            gather.then(gather.answers if gather.error is None else [], gather.error)
         return True
 
     def clear(self) -> None:
@@ -63,13 +61,19 @@ def get(refs: Any) -> Any:
         raise cause(error) from None
 
 
-def cause(error: RayError) -> Exception:
-    """What an actor's method raised, or the error itself where the actor is gone."""
+def cause(error: Exception) -> Exception:
+    """What an actor's method raised, where it is a user's mistake or the system's refusal; else the error itself."""
     inner = error.cause if isinstance(error, RayTaskError) else None
-    return inner if isinstance(inner, ValueError | OSError | RayError) else error
+    return inner if isinstance(inner, ValueError | OSError) else error
+
+
+def died(error: Exception) -> bool:
+    """Whether the actor that was asked is gone, and not one that it asked in turn."""
+    return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
 
 
 def short(error: Exception) -> str:
     """The error in one line."""
+    error = cause(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {lines[0] if lines else ''}"

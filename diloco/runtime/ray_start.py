@@ -77,6 +77,13 @@ def _check_machine(job: Job) -> None:
 
 
 def _check_cluster(job: Job) -> None:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    fits = sum(int(node.get("CPU", 0.0) // job.threads_per_worker) for node in nodes)
+    if fits < job.islands:
+        raise ValueError(
+            f"islands={job.islands} with {job.threads_per_worker} thread(s) each: the {len(nodes)} node(s) of the"
+            f" cluster have CPUs for {fits}; use fewer islands or start more nodes"
+        )
     wanted = {"CPU": job.islands * job.threads_per_worker, "GPU": job.islands * job.gpus_per_worker}
     deadline_s = time.monotonic() + PLACEMENT_WAIT_S
     while True:

@@ -32,7 +32,9 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 0 and capsys.readouterr().out.startswith("usage: diloco")
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["export", "runs/x"], ["sample", "x", "--prompt", "", "--tokens", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["export", "runs/x"], ["sample", "x", "--prompt", "", "--tokens", "0"]]
+)
 def test_what_argparse_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -80,7 +82,9 @@ def test_sample_and_export_of_a_language_model(here: Path, capsys: pytest.Captur
 
     (here / "poem.txt").write_text("\n\n".join(f"{n} green bottles hanging on the wall, and if" * 3 for n in range(60)))
     data = ["data.files=poem.txt", "data.tokenizer=bytes", "data.sequence_length=16", f"data.cache={here}/cache"]
-    assert main(["train", "runtime=local", "metrics.live=false", "rounds=1", "inner_steps=1", "data.batch=1", *data]) == 0
+    assert (
+        main(["train", "runtime=local", "metrics.live=false", "rounds=1", "inner_steps=1", "data.batch=1", *data]) == 0
+    )
     capsys.readouterr()
     texts = []
     for seed in "1", "1", "2":
@@ -117,7 +121,9 @@ def test_doctor_says_what_is_missing_and_what_mends_it(
 
 
 def test_doctor_knows_what_the_project_needs() -> None:
-    assert {"torch", "ray", "transformers", "hydra-core"} <= {line.split(">")[0].split("[")[0] for line in doctor.requirements()}
+    assert {"torch", "ray", "transformers", "hydra-core"} <= {
+        line.split(">")[0].split("[")[0] for line in doctor.requirements()
+    }
 
 
 def test_doctor_compares_socket_buffers(here: Path) -> None:

@@ -52,7 +52,9 @@ def test_it_repeats_no_default(name: str) -> None:
     for path, value in leaves(given):
         top, _, rest = path.partition(".")
         if top in (*GROUPS, *SINGLE):
-            assert value != OmegaConf.select(OmegaConf.structured(type(vars(config)[top])), rest), f"{path}: the default"
+            assert value != OmegaConf.select(OmegaConf.structured(type(vars(config)[top])), rest), (
+                f"{path}: the default"
+            )
         else:
             assert value != vars(default)[top], f"{path}: {value} is the default"
 

@@ -42,7 +42,12 @@ def test_each_combination_is_a_run_and_a_row(capsys: pytest.CaptureFixture[str])
     ]
     found = rows()
     assert folders() == names and [row["directory"] for row in found] == names
-    assert [(row["islands"], row["outer.lr"]) for row in found] == [("1", "0.1"), ("1", "0.7"), ("2", "0.1"), ("2", "0.7")]
+    assert [(row["islands"], row["outer.lr"]) for row in found] == [
+        ("1", "0.1"),
+        ("1", "0.7"),
+        ("2", "0.1"),
+        ("2", "0.7"),
+    ]
     assert Path("runs/latest").resolve().name.endswith("_lines") and len(list(Path("runs").iterdir())) == 2
     for row in found:
         saved = json.loads(Path("runs/latest", row["directory"], "summary.json").read_text())
@@ -87,4 +92,6 @@ def test_a_sweep_over_experiments_and_parts(here: Path, capsys: pytest.CaptureFi
     line = ["--config-dir", "conf", "workload=line", "+experiment=a,b", "outer=glob(*)", "--cfg", "job"]
     assert main([*TOY, *line]) == 0
     shown = capsys.readouterr().out.split("---\n")
-    assert len(shown) >= 4 and sum("experiment: a\n" in text and "seed: 0\n" in text for text in shown) == len(shown) // 2
+    assert (
+        len(shown) >= 4 and sum("experiment: a\n" in text and "seed: 0\n" in text for text in shown) == len(shown) // 2
+    )

@@ -1,0 +1,93 @@
+"""The command `diloco`: train, export, sample and doctor."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import entry
+from experiments.entry import FINISHED, INTERRUPTED, Parser
+
+ABOUT = "Train one model on islands of machines that seldom talk, and use what came out."
+COMMANDS = {
+    "train": "run an experiment: diloco train +experiment=quickstart islands=4; see diloco train --help",
+    "export": "write the trained model as a folder that transformers loads",
+    "sample": "let the trained model write",
+    "doctor": "what this machine or cluster can run, and what is missing",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out one subcommand and return the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["train"]:
+        return entry.main(argv[1:], program="diloco train")
+    arguments = _parser().parse_args(argv)
+    try:
+        match arguments.command:
+            case "export":
+                return _export(arguments.run, arguments.to)
+            case "sample":
+                return _sample(arguments.run, arguments.prompt, tokens=arguments.tokens, seed=arguments.seed)
+            case _:
+                from experiments.doctor import examine
+
+                return examine(quick=arguments.quick)
+    except ValueError as error:
+        return entry.tell(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="diloco", description=ABOUT, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    subparsers = {
+        name: commands.add_parser(name, help=text, description=_about(text)) for name, text in COMMANDS.items()
+    }
+    for name in ("export", "sample"):
+        subparsers[name].add_argument("run", metavar="RUN", type=Path, help="directory of a run, such as runs/latest")
+    subparsers["export"].add_argument("--to", metavar="DIR", type=Path, required=True, help="a new or empty folder")
+    subparsers["sample"].add_argument("--prompt", required=True, help="the text to go on with; may be empty")
+    subparsers["sample"].add_argument(
+        "--tokens", metavar="N", type=_positive, default=100, help="at most so many; default 100"
+    )
+    subparsers["sample"].add_argument("--seed", metavar="N", type=int, default=0, help="another seed, another text")
+    subparsers["doctor"].add_argument("--quick", action="store_true", help="do not start Ray or ask its cluster")
+    return parser
+
+
+def _about(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def _export(run: Path, folder: Path) -> int:
+    from experiments.trained import export
+
+    export(run, folder)
+    print(folder)
+    return FINISHED
+
+
+def _sample(run: Path, prompt: str, *, tokens: int, seed: int) -> int:
+    from experiments.trained import trained
+
+    found = trained(run)
+    text = found.config.workload.sample(found.model, found.corpus, prompt, tokens=tokens, seed=seed)
+    if not text:
+        raise ValueError(f"{run}: its workload writes no text")
+    print(text)
+    return FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

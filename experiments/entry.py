@@ -1,0 +1,165 @@
+"""What `diloco train` does: read the command line, check everything, run, and say how it ended.
+
+The libraries take seconds to import, so that happens inside the functions, where Ctrl-C is answered in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from diloco import Result, RunConfig
+    from experiments.composition import Member
+
+FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
+STATUS = {"finished": FINISHED, "stopped": STOPPED, "interrupted": INTERRUPTED}
+
+
+def main(argv: Sequence[str], *, program: str = "diloco train") -> int:
+    """Run what `argv` asks for and return the exit status: 0, 2, 3 or 130; other errors are raised."""
+    arguments = _parser(program).parse_intermixed_args(argv)
+    with _terminated_like_interrupted():
+        try:
+            return _carry_out(arguments, program)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+
+
+def tell(mistake: BaseException) -> int:
+    """Print a mistake of the user's on stderr, in at most two lines. Returns the exit status for it."""
+    from experiments.mistakes import first_lines
+
+    print(f"error: {first_lines(mistake)}", file=sys.stderr)
+    return MISTAKE
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with status 2."""
+        self.exit(MISTAKE, f"error: {message}; see {self.prog} --help\n")
+
+
+def _parser(program: str) -> Parser:
+    parser = Parser(prog=program, add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("-c", "--cfg", choices=["job"])
+    parser.add_argument("-p", "--package", default="")
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--import", dest="imports", action="append", default=[])
+    parser.add_argument("--config-dir", default="")
+    return parser
+
+
+def _carry_out(arguments: argparse.Namespace, program: str) -> int:
+    from experiments import composition
+    from experiments.mistakes import Mistake
+
+    request = composition.Request(
+        overrides=tuple(arguments.overrides),
+        imports=tuple(arguments.imports),
+        config_dir=arguments.config_dir,
+    )
+    try:
+        composition.import_parts(request.imports)  # in any case, since a run to go on with may name some too
+        if arguments.help:
+            from experiments.usage import usage
+
+            print(usage(program, request))
+            return FINISHED
+        members = composition.sweep(request) if arguments.multirun else [composition.single(request)]
+        if arguments.cfg:
+            return _show(members, arguments)
+    except Mistake as mistake:
+        return tell(mistake)
+    if arguments.multirun:
+        from experiments.sweep import run_sweep
+
+        return run_sweep(members)
+    return _run(members[0].config)
+
+
+def _run(config: RunConfig) -> int:
+    """One run, in a new directory below runs/ or in that of the run it goes on with."""
+    from diloco import resume, rundir
+    from experiments.mistakes import Mistake
+
+    directory = rundir.new_directory(config.name)
+    try:
+        if config.resume == "auto":
+            directory = resume.newest(config.name) or directory
+        elif config.resume:
+            directory = Path(config.resume).resolve()
+        return STATUS[attempt(config, directory).summary["status"]]
+    except Mistake as mistake:
+        return tell(mistake)
+
+
+def attempt(config: RunConfig, directory: Path) -> Result:
+    """train(config), told apart: Mistake where it refuses to begin, and what training itself raises as it is."""
+    from diloco import train
+    from experiments.mistakes import Mistake
+
+    before = _concluded_ns(directory)
+    try:
+        return train(config, directory)
+    except ValueError as error:
+        if _concluded_ns(directory) != before:
+            raise
+        raise Mistake(str(error)) from error
+
+
+def _concluded_ns(directory: Path) -> int:
+    """When a run here last wrote its summary, as every run does that has begun; 0 = never."""
+    try:
+        return (directory / "summary.json").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _show(members: Sequence[Member], arguments: argparse.Namespace) -> int:
+    """--cfg job: the configuration of each run as YAML."""
+    from omegaconf import OmegaConf
+
+    from experiments.mistakes import Mistake
+
+    for number, member in enumerate(members):
+        shown: Any = member.values
+        if arguments.package:
+            shown = OmegaConf.select(shown, arguments.package)
+            if shown is None:
+                raise Mistake(f"--package {arguments.package}: there is no such key")
+        if number:
+            print("---")
+        text = OmegaConf.to_yaml(shown, resolve=arguments.resolve) if OmegaConf.is_config(shown) else f"{shown}\n"
+        print(text, end="")
+    return FINISHED
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Answer SIGTERM as Ctrl-C is answered. A run under way has handlers of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,148 @@
+"""A sweep: its runs one after the other in one directory, with `sweep.csv` and a table of what came out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from diloco import rundir
+from diloco.display import format_bytes, format_count, format_duration
+from experiments.composition import Member
+from experiments.entry import FAILED, FINISHED, INTERRUPTED, attempt
+from experiments.mistakes import Mistake, first_lines
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row: TypeAlias = dict[str, object]  # a line of sweep.csv
+
+FILE = "sweep.csv"
+MOST_CHARACTERS = 120  # of a member's folder, and of a reason in the table
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # in what Ray raises
+
+
+def run_sweep(members: Sequence[Member]) -> int:
+    """Run all members, also after one that fails; an interruption ends the sweep. Returns the exit status."""
+    directory = rundir.new_directory(members[0].config.name)
+    directory.mkdir(parents=True)
+    rundir.point_latest(directory)
+    rows: list[Row] = []
+    try:
+        for number, member in enumerate(members):
+            print(f"\nrun {number + 1} of {len(members)}: {_label(member) or 'as given'}", flush=True)
+            folder = directory / folder_name(number, member, len(members))
+            status, reason = _run(member, folder)
+            rows.append(_row(member, folder, status, reason))
+            write_csv(directory / FILE, rows)
+            if status == "interrupted":
+                return INTERRUPTED
+    finally:
+        if rows:
+            _show(directory, members[0].varying, rows)
+    return FINISHED if all(row["status"] == "finished" for row in rows) else FAILED
+
+
+def folder_name(number: int, member: Member, count: int) -> str:
+    """`<number>_<overrides>`, of what the sweep is over, without characters that paths give a meaning."""
+    digits = len(str(count - 1))
+    overrides = "".join(c if c.isalnum() or c in "=,.+-_@" else "-" for c in _label(member, separator=","))
+    return f"{number:0{digits}}_{overrides}"[:MOST_CHARACTERS].rstrip("_")
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """All rows under the columns that any of them has; whole or as it was before."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.rename(path)
+
+
+def _label(member: Member, *, separator: str = " ") -> str:
+    return separator.join(f"{key}={member.overrides[key]}" for key in member.varying)
+
+
+def _run(member: Member, folder: Path) -> tuple[str, str]:
+    """One member: its status and, where it did not finish, why."""
+    try:
+        summary = attempt(member.config, folder).summary
+        return str(summary["status"]), str(summary["reason"])
+    except Mistake as mistake:
+        print(f"failed: {first_lines(mistake)}", file=sys.stderr)
+        return "failed", str(mistake)
+    except Exception as error:  # whatever befell this one, the others are wanted
+        traceback.print_exc()
+        return "failed", f"{type(error).__name__}: {COLOUR.sub('', first_lines(error))}"
+
+
+def _row(member: Member, folder: Path, status: str, reason: str) -> Row:
+    """The overrides, then what the summary has in single values; a key of both is as it was given."""
+    summary: Mapping[str, object] = {}
+    if (folder / "summary.json").is_file():
+        summary = json.loads((folder / "summary.json").read_text())
+    scalars = {key: value for key, value in summary.items() if not isinstance(value, dict | list)}
+    outcome = {"directory": folder.name, "status": status, "reason": " ".join(reason.split())}
+    return {
+        **member.overrides,
+        **outcome,
+        **{k: v for k, v in scalars.items() if k not in {**member.overrides, **outcome}},
+    }
+
+
+def _show(directory: Path, varying: Sequence[str], rows: Sequence[Row]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 500  # no line is cut or folded where nobody looks at it on a screen
+    console.print(table(varying, rows))
+    print(f"{directory / FILE}", flush=True)
+
+
+def table(varying: Sequence[str], rows: Sequence[Row]) -> Table:
+    """What the sweep is over and how each run ended; the lowest validation loss has an asterisk."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    best = min((loss for row in rows if (loss := _number(row, "val_loss")) is not None), default=None)
+    shown = Table(box=SIMPLE_HEAD, show_edge=False)
+    for name in ("run", *varying, "status", "val loss", "", "perplexity", "tokens/s", "sent", "time", "reason"):
+        shown.add_column(name, justify="left" if name in ("", "status", "reason") else "right")
+    for number, row in enumerate(rows):
+        is_best = best is not None and _number(row, "val_loss") == best
+        cells = [str(number), *(str(row[key]) for key in varying), str(row["status"])]
+        shown.add_row(
+            *cells,
+            *_figures(row, is_best),
+            Text(str(row["reason"])[:MOST_CHARACTERS]),
+            style="bold" if is_best else None,
+        )
+    return shown
+
+
+def _figures(row: Row, is_best: bool) -> list[str]:
+    loss, perplexity, speed = (_number(row, key) for key in ("val_loss", "perplexity", "tokens_per_s"))
+    sent = [_number(row, key) for key in ("bytes_up", "bytes_down")]
+    wall_s = _number(row, "wall_s")
+    return [
+        "-" if loss is None else f"{loss:.4f}",
+        "* best" if is_best else "",
+        "-" if perplexity is None else f"{perplexity:,.1f}",
+        "-" if speed is None else format_count(speed),
+        "-" if sent[0] is None or sent[1] is None else format_bytes(sent[0] + sent[1]),
+        "-" if wall_s is None else format_duration(wall_s),
+    ]
+
+
+def _number(row: Row, key: str) -> float | None:
+    value = row.get(key)
+    return float(value) if isinstance(value, int | float) else None
