@@ -41,6 +41,7 @@ class CheckpointFolder:
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
         self._fs, self._path = fsspec.core.url_to_fs(self.root)
+        self.problems: list[str] = []  # what `newest` found wrong with those that it passed over
 
     def temporary(self, name: str) -> str:
         """Where the files of checkpoint `name` are written before it is complete."""
@@ -61,12 +62,23 @@ class CheckpointFolder:
             self._fs.mv(f"{self._path}/{name}", f"{self._path}/{name}.old.tmp", recursive=True)
         self._fs.mv(f"{self._path}/{name}.tmp", f"{self._path}/{name}", recursive=True)
         self._remove(f"{self._path}/{name}.old.tmp")
-        names = self.names()
-        kept = [other for other in names if other <= name][-keep:]  # later ones are of a future that was given up
-        for other in names:
-            if other not in kept:
-                self._remove(f"{self._path}/{other}")
+        # Later ones, which a run taken up before them has passed over, do not count and are not touched.
+        for old in [other for other in self.names() if other <= name][:-keep]:
+            self._remove(f"{self._path}/{old}")
         return f"{self.root}/{name}"
+
+    def conclude(
+        self, name: str, manifest: Mapping[str, Any], files: Mapping[str, str], *, keep: int, error: str
+    ) -> str:
+        """`complete` where there is no `error` so far, else remove what there is. Returns what went wrong, or ""."""
+        try:
+            if not error:
+                self.complete(name, manifest, files, keep)
+                return ""
+        except OSError as failure:
+            error = str(failure)
+        self.abandon(name)
+        return error
 
     def abandon(self, name: str) -> None:
         """Remove what there is of an incomplete checkpoint."""
@@ -97,7 +109,7 @@ class CheckpointFolder:
 
         Raises ValueError, naming what is wrong with each, when there is none.
         """
-        problems: list[str] = []
+        problems = self.problems = []
         for name in reversed(self.names()):
             manifest = self._sound(name, problems)
             if manifest is not None:

@@ -34,7 +34,7 @@ from diloco.events import (
 )
 from diloco.messages import EVALUATOR, IslandId, ModuleKey, Report, SourceId, Task
 from diloco.schedule import NoMore, Schedule, Wait
-from diloco.views import Arrival, IslandView, ModuleView, RunView, SourceView
+from diloco.views import Arrival, IslandView, ModuleView, RunView
 
 STALL_S = 120.0  # without any event but ticks, before the coordinator says who is awaited
 QUEUE_DEPTH = 2  # tasks given to an island at once, so that it never waits for the driver between two
@@ -57,8 +57,7 @@ class Coordinator:
         self._schedule = schedule
         self._queued = 0  # tasks given out to living islands and not finished
         self._pushing: set[tuple[SourceId, int]] = set()  # handed to the store, not judged yet
-        self._evaluations = 0  # asked for, not answered yet
-        self._measuring = 0  # likewise
+        self._asked = 0  # evaluations and measurements that were not answered yet
         self._saving = False
         self._saving_round = 0  # rounds in the checkpoint being written
         self._held = False  # a checkpoint is due while the last one is still being written
@@ -82,7 +81,7 @@ class Coordinator:
             case Received():
                 commands = self._on_received(event)
             case Committed():
-                self._measuring -= 1
+                self._asked -= 1
                 commands = [records.committed(event, self.run.counters)] if event.stats else []
             case Saved():
                 commands = self._on_saved(event)
@@ -119,8 +118,7 @@ class Coordinator:
         self.run.counters.count(report)
         commands: list[Command] = [] if task.steps == 0 else [records.segment(report)]
         if "inner/fresh_state" in report.metrics:
-            text = f"source {task.source} starts with empty optimizer state at step {task.first_step}, and a warm-up"
-            commands.append(records.warning(text, self.run.round))
+            commands.append(records.fresh_state(task, self.run.round))
         if task.send:
             self._pushing.add((task.source, task.round))
             commands.append(Push(task=task))
@@ -139,8 +137,7 @@ class Coordinator:
         awaited = all(m.round == event.round and event.source in m.awaited for m in modules)
         if source is None or source.attempt != event.attempt or not awaited:
             self.run.counters.late += 1
-            text = f"a contribution of source {event.source} to round {event.round} came too late"
-            return [records.warning(text, self.run.round)]
+            return [records.late(event, self.run.round)]
         tokens = source.hand_over(event.round)
         bad = [verdict for verdict in event.verdicts if not verdict.good]
         commands: list[Command] = []
@@ -154,20 +151,12 @@ class Coordinator:
                 module.arrivals[source.source] = Arrival(examples=examples, tokens=tokens, norm=verdict.norm)
         if bad:
             self.run.counters.rejected += 1
-            why = "is not finite" if bad[0].shape_ok else "has the wrong names or shapes"
-            text = f"the contribution of source {event.source} to round {event.round} {why} in module {bad[0].module}"
-            commands.append(records.warning(text + "; all of it was rejected", self.run.round))
+            commands.append(records.rejected(event, bad[0], self.run.round))
         return commands + self._commit_ready(keys)
 
     def _on_saved(self, event: Saved) -> list[Command]:
         self._saving = False
-        commands: list[Command] = []
-        if event.error:
-            text = f"the checkpoint {event.path} could not be written: {event.error}"
-            commands.append(records.warning(text, self._saving_round))
-        else:
-            record = {"event": "checkpoint", "round": self._saving_round, "path": event.path, "seconds": event.seconds}
-            commands.append(Log(record=record))
+        commands: list[Command] = [records.saved(event, self._saving_round)]
         if self._held:
             self._held = False
             save = self._save()
@@ -191,8 +180,7 @@ class Coordinator:
         keys = list(self.run.path_of(source).values())
         for key in keys:
             self._heard(key, source.source)
-        record = {"event": "lost", "round": self.run.round, "island": event.island, "message": event.reason}
-        return [Log(record=record), Respawn(island=event.island), *self._go_on(keys)]
+        return [records.lost(event, self.run.round), Respawn(island=event.island), *self._go_on(keys)]
 
     def _on_joined(self, event: Joined) -> list[Command]:
         self.run.counters.islands_joined += 1
@@ -201,8 +189,7 @@ class Coordinator:
         source = self.run.sources[island.source]
         keys = list(self.run.path_of(source).values())
         source.round = 1 + max(self.run.modules[key].round for key in keys)
-        record = {"event": "joined", "round": self.run.round, "island": event.island}
-        return [Log(record=record), *self._go_on(keys)]
+        return [records.joined(event, self.run.round), *self._go_on(keys)]
 
     def _go_on(self, keys: list[ModuleKey]) -> list[Command]:
         """After somebody left or came: end the rounds that others finished; begin anew those that nobody is left in."""
@@ -219,8 +206,7 @@ class Coordinator:
             return []
         self._patience_s *= 2
         awaited = sorted({source for module in self.run.modules.values() for source in module.awaited})
-        text = f"nothing was heard for {event.now_s - self._heard_s:.0f} s; round {self.run.round} waits for {awaited}"
-        return [records.warning(text, self.run.round)]
+        return [records.stalled(event.now_s - self._heard_s, awaited, self.run.round)]
 
     # --- rounds ---
 
@@ -234,26 +220,17 @@ class Coordinator:
                 return [Stop(status="stopped", reason=f"{reason}; the weights of the round before are kept")]
         self.run.commit(commits)
         real = tuple(commit for commit in commits if commit.sources)
-        commands: list[Command] = [CommitAll(commits=real)] if real else []
-        if commits and min(module.round for module in self.run.modules.values()) > self.run.round:
-            self.run.round += 1
-            commands += self._round_done()
-        if real:
-            self._measuring += 1
-            commands.append(Measure())
-        return commands
-
-    def _round_done(self) -> list[Command]:
-        run = self.run
-        commands: list[Command] = []
-        due = run.save_due(run.round)
-        self._held = due and self._saving  # wait for the earlier checkpoint, so that memory stays bounded
-        if run.eval_due(run.round):
-            commands.append(self._evaluation())
-        if self._held:
-            return commands
-        save = [self._save()] if due else []  # before work is given out, since it keeps what is known now
-        return self._dispatch(run.islands) + commands + save
+        outer = [CommitAll(commits=real)] if real else []
+        measure = [Measure()] if real else []
+        self._asked += len(measure)
+        if not commits or min(module.round for module in self.run.modules.values()) <= self.run.round:
+            return [*outer, *measure]
+        self.run.round += 1
+        due = self.run.save_due(self.run.round)
+        self._held = due and self._saving  # until the earlier checkpoint is written, so that memory stays bounded
+        save = [self._save()] if due and not self._held else []  # keeps what is known before work is given out
+        evaluation = [self._evaluation()] if self.run.eval_due(self.run.round) else []
+        return [*outer, *self._dispatch(self.run.islands), *evaluation, *measure, *save]
 
     def _heard(self, key: ModuleKey, source: SourceId) -> ModuleView:
         """Do not await `source` for the module's present round any more."""
@@ -285,25 +262,9 @@ class Coordinator:
         island.queued += change
         self._queued += change
 
-    def _bare_task(self, island: IslandId, source: SourceView) -> Task:
-        return Task(
-            source=source.source,
-            island=island,
-            round=self.run.round,
-            segment=0,
-            modules=self.run.path_of(source),
-            install={},
-            keep=0.0,
-            shard=source.shard,
-            first_step=source.position,
-            steps=0,
-            send=(),
-            last=False,
-        )
-
     def _evaluation(self) -> Run:
-        self._evaluations += 1
-        task = self._bare_task(EVALUATOR, next(iter(self.run.sources.values())))
+        self._asked += 1
+        task = self.run.bare_task(EVALUATOR, next(iter(self.run.sources.values())))
         versions = {slot: self.run.modules[key].version for slot, key in task.modules.items()}
         task = replace(task, install=versions, evaluate="validation")
         return Run(task=task, wants={key: None for key in task.modules.values()})
@@ -314,7 +275,7 @@ class Coordinator:
 
     def _settle(self) -> list[Command]:
         """The end of the run, or the next step of an interruption, once nothing is under way any more."""
-        if self._stopped or self._saving or self._held or self._evaluations or self._measuring or self._pushing:
+        if self._stopped or self._saving or self._held or self._asked or self._pushing:
             return []
         if self._queued:
             return []
@@ -324,7 +285,7 @@ class Coordinator:
         if self._draining is Drain.tasks:
             self._draining = Drain.export
             alive = [island for island in self.run.islands.values() if island.alive]
-            tasks = [self._bare_task(island.island, self.run.sources[island.source]) for island in alive]
+            tasks = [self.run.bare_task(island.island, self.run.sources[island.source]) for island in alive]
             for island in alive:
                 self._queue(island, 1)
             return [Run(task=replace(task, save=True), wants={}) for task in tasks]
@@ -334,6 +295,6 @@ class Coordinator:
         return []
 
     def _evaluated(self, report: Report) -> Log:
-        self._evaluations -= 1
+        self._asked -= 1
         self.run.counters.count_evaluation(report.task.round, report.metrics["eval/loss"])
-        return Log(record={"event": "evaluation", "round": report.task.round, **report.metrics})
+        return records.evaluated(report)

@@ -152,11 +152,12 @@ class Sgd(Inner):
     rate: RateSchedule = RateSchedule.constant
     weight_decay: float = 0.0
     clip: float = 0.0
+    fresh_warmup_steps: int = 0  # there are no moments to wait for
 
     def build(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
         """One SGD over all parameters."""
-        named = list(parameters.items())
-        return [torch.optim.SGD(named, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)]
+        groups = _decay_groups(parameters, self.weight_decay)
+        return [torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)]
 
 
 def set_rate(optimizers: list[Optimizer], share: float) -> float:

@@ -92,7 +92,7 @@ class MetricsWriter:
     ) -> None:
         """Cut the file in `folder` back to `resume_bytes` (None: keep it) and to whole lines.
 
-        Commit lines up to `resume_round` stay even behind that: a round is measured after it is saved.
+        What is told of a round after it is saved (its commit and its checkpoint) stays up to `resume_round`.
         `earlier_s` is the time that the run took before it was resumed.
         """
         self._sinks = list(sinks)
@@ -105,7 +105,7 @@ class MetricsWriter:
         self._nbytes = kept.rfind(b"\n") + 1
         self._file.truncate(self._nbytes)
         for line in before[len(kept) :].splitlines(keepends=True):
-            if _is_commit(line, resume_round):
+            if _is_kept(line, resume_round):
                 self._append(line)
         if resume_bytes is not None and self._nbytes < resume_bytes:
             text = f"metrics.jsonl lacks lines: {self._nbytes} bytes of the {resume_bytes} of the checkpoint"
@@ -225,13 +225,13 @@ def open_metrics(
     return writer, display
 
 
-def _is_commit(line: bytes, up_to_round: int) -> bool:
-    """Whether a line of metrics.jsonl is whole and tells of the commit of a round up to this one."""
+def _is_kept(line: bytes, up_to_round: int) -> bool:
+    """Whether a line of metrics.jsonl is whole and tells of the commit or checkpoint of a round up to this one."""
     try:
         record = json.loads(line)
     except ValueError:
         return False
-    return line.endswith(b"\n") and record["event"] == "commit" and record["round"] <= up_to_round
+    return line.endswith(b"\n") and record["event"] in ("commit", "checkpoint") and record["round"] <= up_to_round
 
 
 def _json_value(value: object, key: str, bad: dict[str, float]) -> object:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from diloco.events import Committed, Log
-from diloco.messages import Report
+from diloco.events import Committed, Joined, Log, Lost, Received, Saved
+from diloco.messages import Report, SourceId, Task, Verdict
 from diloco.views import Counters
 
 
@@ -55,6 +56,51 @@ def segment(report: Report) -> Log:
         "comm/seconds_waiting": report.waiting_s,
     }
     return Log(record=record)
+
+
+def evaluated(report: Report) -> Log:
+    """The global weights after some rounds."""
+    return Log(record={"event": "evaluation", "round": report.task.round, **report.metrics})
+
+
+def saved(event: Saved, round_: int) -> Log:
+    """A checkpoint of that many rounds, or why there is none."""
+    if event.error:
+        return warning(f"the checkpoint {event.path} could not be written: {event.error}", round_)
+    return Log(record={"event": "checkpoint", "round": round_, "path": event.path, "seconds": event.seconds})
+
+
+def lost(event: Lost, round_: int) -> Log:
+    """An island is gone."""
+    return Log(record={"event": "lost", "round": round_, "island": event.island, "message": event.reason})
+
+
+def joined(event: Joined, round_: int) -> Log:
+    """An island is there."""
+    return Log(record={"event": "joined", "round": round_, "island": event.island})
+
+
+def late(event: Received, round_: int) -> Log:
+    """A contribution that nobody waits for any more."""
+    return warning(f"a contribution of source {event.source} to round {event.round} came too late", round_)
+
+
+def rejected(event: Received, bad: Verdict, round_: int) -> Log:
+    """A contribution of which a part is bad."""
+    why = "is not finite" if bad.shape_ok else "has the wrong names or shapes"
+    text = f"the contribution of source {event.source} to round {event.round} {why} in module {bad.module}"
+    return warning(f"{text}; all of it was rejected", round_)
+
+
+def fresh_state(task: Task, round_: int) -> Log:
+    """A source in mid-run whose optimizer state is not there, or was thrown away."""
+    text = f"source {task.source} starts with empty optimizer state at step {task.first_step}, and a warm-up"
+    return warning(text, round_)
+
+
+def stalled(seconds: float, awaited: Sequence[SourceId], round_: int) -> Log:
+    """Who has not arrived at a barrier."""
+    return warning(f"nothing was heard for {seconds:.0f} s; the round waits for the sources {list(awaited)}", round_)
 
 
 def warning(message: str, round_: int) -> Log:

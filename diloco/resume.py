@@ -24,6 +24,7 @@ class Start:
     directory: Path
     checkpoint: str = ""  # empty = fresh
     manifest: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def resolve(config: RunConfig, directory: Path | None) -> Start:
@@ -79,10 +80,12 @@ def _resumed(config: RunConfig, directory: Path) -> Start:
             f"resume={config.resume}: only {', '.join(MAY_DIFFER)} may differ from the saved configuration, but"
             f" {'; '.join(differing[:3])}"
         )
-    path, manifest = ckpt.CheckpointFolder(checkpoint_root(saved, directory)).newest()
+    folder = ckpt.CheckpointFolder(checkpoint_root(saved, directory))
+    path, manifest = folder.newest()
     if manifest["view"]["round"] > config.rounds:
         raise ValueError(f"rounds={config.rounds}: the checkpoint has {manifest['view']['round']} already; give more")
-    return Start(config=config, directory=directory, checkpoint=path, manifest=manifest)
+    notes = tuple(f"passed over a damaged checkpoint: {problem}" for problem in folder.problems)
+    return Start(config=config, directory=directory, checkpoint=path, manifest=manifest, notes=notes)
 
 
 def _differences(saved: RunConfig, given: RunConfig) -> list[str]:

@@ -110,7 +110,7 @@ class _Session:
         self._backend, self._view, self._modules, self._shapes = backend, view, modules, shapes
         self._corpus = corpus
         self._root = resume.checkpoint_root(self._config, self._directory)
-        self._notes: list[str] = []
+        self._notes = list(start.notes)
         self._parameters = sum(math.prod(shape) for shape in shapes.values())
         self._environment = rundir.environment()
 
@@ -159,7 +159,7 @@ class _Session:
     def _drive(self, writer: MetricsWriter, display: Display) -> tuple[Stop, Final]:
         coordinator = Coordinator(schedule=self._config.schedule, run=self._view)
         for note in self._notes:
-            writer.write({"event": "warning", "message": note})
+            writer.write({"event": "warning", "round": self._view.round, "message": note})
         writer.write({"event": "start", "round": self._view.round, **self._environment})
         stop: Stop | None = None
         counters, before_s, start_s = self._view.counters, self._view.counters.train_s, time.monotonic()

@@ -220,6 +220,23 @@ class RunView:
             module.arrivals.clear()
             self.open_round(commit.module)
 
+    def bare_task(self, island: IslandId, source: SourceView) -> Task:
+        """A task that installs, trains and sends nothing: to evaluate, or to save what the source has."""
+        return Task(
+            source=source.source,
+            island=island,
+            round=self.round,
+            segment=0,
+            modules=self.path_of(source),
+            install={},
+            keep=0.0,
+            shard=source.shard,
+            first_step=source.position,
+            steps=0,
+            send=(),
+            last=False,
+        )
+
     def save_due(self, round_: int) -> bool:
         """Whether a checkpoint is written once `round_` rounds are committed."""
         return round_ == self.rounds or (self.save_every > 0 and round_ % self.save_every == 0)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,11 @@ def sweep(request: Request) -> list[Member]:
         return members
 
 
-def experiments(request: Request | None = None) -> list[str]:
-    """The names that `+experiment=` takes."""
-    with _hydra(request or Request(overrides=())):
-        return list(GlobalHydra.instance().config_loader().get_group_options("experiment"))
+def experiments(config_dir: str = "") -> list[str]:
+    """The names that `+experiment=` takes: those shipped, then those of the user's folder."""
+    shipped = (files(CONFIGS) / "experiment").iterdir()
+    own = Path(config_dir, "experiment").expanduser().glob("*.yaml") if config_dir else ()
+    return [name[:-5] for found in (shipped, own) for name in sorted(p.name for p in found) if name.endswith(".yaml")]
 
 
 @contextmanager
@@ -149,7 +151,7 @@ def _member(parsed: list[Override], request: Request, *, varying: tuple[str, ...
     named = [_text(o) for o in parsed if o.key_or_group == "experiment"]
     run = next((_text(o) for o in parsed if o.key_or_group == "resume"), "")
     lines = [str(override.input_line) for override in parsed]
-    with _explained(lines):
+    with _explained(lines, request.config_dir):
         if run not in ("", "auto") and not named:
             values = _on_saved(run, parsed)
         else:
@@ -229,7 +231,7 @@ def _additions(values: DictConfig, prefix: str) -> Iterator[str]:
 
 
 @contextmanager
-def _explained(overrides: Sequence[str]) -> Iterator[None]:
+def _explained(overrides: Sequence[str], config_dir: str = "") -> Iterator[None]:
     """Turn what goes wrong with the command line inside into a Mistake."""
     try:
         for override in overrides:
@@ -240,5 +242,4 @@ def _explained(overrides: Sequence[str]) -> Iterator[None]:
     except Mistake:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        names = GlobalHydra.instance().config_loader().get_group_options("experiment")
-        raise Mistake(explain(error, overrides, names)) from error
+        raise Mistake(explain(error, overrides, experiments(config_dir))) from error

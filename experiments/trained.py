@@ -80,7 +80,7 @@ def export(run: Path, folder: Path) -> None:
 def _values(config: RunConfig, run: Path) -> tuple[Tensors, str]:
     """Values by parameter name, and the digest of the data that they were trained on, where it is known."""
     checkpoints = ckpt.CheckpointFolder(resume.checkpoint_root(config, run))
-    if not checkpoints.names() and (run / "export").is_dir():
-        return resume.starting_values(str(run / "export")), ""
+    if not checkpoints.names() and list(run.glob("export/*.safetensors")):
+        return ckpt.read_values(str(run / "export")), ""
     path, manifest = checkpoints.newest()
     return ckpt.read_values(path), str(manifest["data_sha256"])

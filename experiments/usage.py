@@ -42,8 +42,8 @@ def usage(program: str, request: Request) -> str:
     parts = [
         USAGE.format(program=program),
         "experiments",
-        *_described(experiments(request)),
-        "\ngroups: choose a part, then set its keys (codec=bfloat16, outer.lr=0.5)",
+        *_described(experiments(request.config_dir)),
+        "\ngroups, the defaults in brackets: choose a part, then set its keys (codec=bfloat16, outer.lr=0.5)",
         *_groups(),
         "\nsettings of each part: --cfg job --package inner",
         "\nkeys",
@@ -53,17 +53,14 @@ def usage(program: str, request: Request) -> str:
 
 
 def _described(names: list[str]) -> list[str]:
+    """Each name with the comment at the top of its file, where it is a shipped one."""
     lines = []
     for name in names:
         file = files(CONFIGS) / "experiment" / f"{name}.yaml"
-        said = (
-            [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
-            if file.is_file()
-            else []
-        )
-        about = " ".join(line for line in said if not line.startswith("@"))
-        lines.append(f"  {name:18} {about}".rstrip())
-    return lines or ["  (none)"]
+        text = file.read_text() if file.is_file() else ""
+        about = [line[2:] for line in text.splitlines() if line.startswith("# ") and "@package" not in line]
+        lines.append(f"  {name:18} {' '.join(about)}".rstrip())
+    return lines
 
 
 def _groups() -> list[str]:

@@ -33,7 +33,11 @@ SHAPES: dict[str, Shape] = {"a": (3,), "b": (2, 2), "c": ()}
 
 
 def states() -> dict[ModuleKey, State]:
-    tensors = {"values/a": torch.arange(3.0), "outer/momentum/a": torch.ones(3), "inbox/0": torch.arange(7, dtype=torch.uint8)}
+    tensors = {
+        "values/a": torch.arange(3.0),
+        "outer/momentum/a": torch.ones(3),
+        "inbox/0": torch.arange(7, dtype=torch.uint8),
+    }
     other = {"values/b": torch.eye(2).T, "values/c": torch.tensor(2.5), "values/empty": torch.zeros(0, 3)}
     meta = {"version": 4, "inbox": [{"source": 1}], "verdicts": [[0, 1, True, True, 0.1]], "text": 'with "quotes"'}
     return {ModuleKey("whole.0/0"): State(tensors=tensors, meta=meta), ModuleKey("whole.1/0"): State(tensors=other)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -151,8 +151,9 @@ def test_keep_leaves_the_local_weights_and_takes_the_new_anchor() -> None:
     island = make_island()
     island.run(task(island, steps=3, install=True), snapshots(island))
     before = part(island.export(SourceId(0)), "local/")
-    newer = snapshots(island, seed=1)
-    _, sent = island.run(task(island, steps=0, first_step=3, install=True, keep=1.0, send=True), newer)
+    newer = snapshots(island, seed=1, version=4)
+    asked = task(island, steps=0, first_step=3, install=True, keep=1.0, send=True)
+    _, sent = island.run(replace(asked, install=dict.fromkeys(asked.install, 4)), newer)
     after = island.export(SourceId(0))
     assert bits(part(after, "local/")) == bits(before)
     assert bits(part(after, "anchor/")) == bits(values_of(newer))

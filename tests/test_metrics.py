@@ -7,6 +7,7 @@ import io
 import json
 import resource
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -350,8 +351,12 @@ def test_wandb_offline_writes_into_the_run_directory(tmp_path: Path) -> None:
     writer.write({"event": "warning", "message": "no number, no round"})
     writer.write(commit(1))
     writer.close()
-    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 1 and b"inner/loss" in files[0].read_bytes()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    for _ in range(200):  # wandb's own process writes it
+        if b"inner/loss" in file.read_bytes():
+            break
+        time.sleep(0.1)
+    assert b"inner/loss" in file.read_bytes()
 
 
 def test_settings_come_from_a_command_line() -> None:

@@ -408,7 +408,12 @@ class FakeRuntime:
         good = (task.source, task.round) not in self.bad
         return tuple(
             Verdict(
-                module=key, source=task.source, round=task.round, finite=good or key != keys[-1], shape_ok=True, norm=1.0
+                module=key,
+                source=task.source,
+                round=task.round,
+                finite=good or key != keys[-1],
+                shape_ok=True,
+                norm=1.0,
             )
             for key in keys
         )

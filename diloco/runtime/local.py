@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class LocalBackend(Backend):
         self._sent: dict[tuple[SourceId, int], list[Contribution]] = {}
         self._free_at_s: dict[IslandId, float] = {}  # when an island is done with what it was given
         self._clock_s = 0.0
-        self._events: list[tuple[float, int, Event]] = []
+        self._events: list[tuple[float, int, Event | Callable[[], Event]]] = []
         self._count = 0
         self._interrupted = False
 
@@ -98,6 +98,7 @@ class LocalBackend(Backend):
             state = ckpt.read_source(checkpoint, source)
             if state is not None:
                 self._islands[IslandId(island)].load(source, state)
+                self._frozen[source] = state  # it may have no more to do before the next checkpoint
 
     def carry_out(self, command: Run | Push | CommitAll | Measure | Respawn) -> None:
         """Does it now; what it leads to happens when the virtual clock says."""
@@ -121,20 +122,23 @@ class LocalBackend(Backend):
         """Writes at once."""
         start_s = time.perf_counter()
         folder = ckpt.CheckpointFolder(root)
-        error = ""
+        files: dict[str, str] = {}
+        error, path = "", f"{root}/{name}"
         try:
             folder.begin(name)
-            files: dict[str, str] = {}
             for shard in self._shards:
                 files |= ckpt.write_modules(folder.temporary(name), shard.state())
-            for source, state in self._frozen.items():
-                files |= ckpt.write_source(folder.temporary(name), source, state)
-            path = folder.complete(name, manifest, files, keep)
+            while self._frozen:
+                files |= ckpt.write_source(folder.temporary(name), *self._frozen.popitem())
         except OSError as problem:
-            folder.abandon(name)
-            error, path = str(problem), f"{root}/{name}"
-        seconds = time.perf_counter() - start_s
-        self._later(0.0, Saved(now_s=self._clock_s, path=path, seconds=seconds, error=error))
+            error = str(problem)
+
+        def complete() -> Event:
+            problem = folder.conclude(name, manifest, files, keep=keep, error=error)
+            seconds = time.perf_counter() - start_s
+            return Saved(now_s=self._clock_s, path=path, seconds=seconds, error=problem)
+
+        self._later(0.0, complete)
 
     def next_event(self) -> Event:
         """The earliest event; moves the clock to it."""
@@ -143,7 +147,7 @@ class LocalBackend(Backend):
             return Interrupted(now_s=self._clock_s)
         assert self._events, "the run waits for something that will never happen"
         self._clock_s, _, event = heapq.heappop(self._events)
-        return event
+        return event() if callable(event) else event
 
     def now_s(self) -> float:
         """Virtual seconds."""
@@ -204,6 +208,6 @@ class LocalBackend(Backend):
         )
         self._later(0.0, event)
 
-    def _later(self, delay_s: float, event: Event) -> None:
+    def _later(self, delay_s: float, event: Event | Callable[[], Event]) -> None:
         self._count += 1
         heapq.heappush(self._events, (self._clock_s + delay_s, self._count, event))

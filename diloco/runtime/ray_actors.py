@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diloco import checkpoint as ckpt
 from diloco.messages import (
@@ -56,11 +57,13 @@ class IslandShell:
         parts = [self._island.initial(keys, values) for keys in groups]
         return parts if len(parts) > 1 else parts[0]
 
-    def load(self, checkpoint: str, source: SourceId) -> None:
-        """Become a source of a checkpoint, where it has that source."""
+    def load(self, checkpoint: str, source: SourceId) -> bool:
+        """Become a source of a checkpoint; whether it has that source."""
         state = ckpt.read_source(checkpoint, source)
         if state is not None:
             self._island.load(source, state)
+            self._frozen[source] = state  # it may have no more to do before the next checkpoint
+        return state is not None
 
     def run(self, task: Task, snapshots: Sequence[Any], groups: Sequence[Sequence[ModuleKey]]) -> Any:
         """The report, then one list of contributions for each group of modules (a shard of the store)."""
@@ -75,7 +78,7 @@ class IslandShell:
     @ray.method(concurrency_group="io")
     def write(self, folder: str, source: SourceId) -> dict[str, str]:
         """Write what the last task with `save` left of this source."""
-        return ckpt.write_source(folder, source, self._frozen[source])
+        return ckpt.write_source(folder, source, self._frozen.pop(source))
 
     def finish(self, snapshots: Sequence[Any], folder: str | None, prompt: str) -> tuple[int, str, str]:
         """Install the final weights; export and sample where there is a folder: (parameters, SHA-256, sample)."""
@@ -139,5 +142,19 @@ def _prepare(job: Job) -> None:
 
 
 _actor: Any = ray.remote  # Ray's types know nothing of concurrency groups
-IslandActor: Any = _actor(concurrency_groups={"io": 1})(IslandShell)
-ShardActor: Any = _actor(concurrency_groups={"io": 1})(ShardShell)
+_IslandActor: Any = _actor(concurrency_groups={"io": 1})(IslandShell)
+_ShardActor: Any = _actor(concurrency_groups={"io": 1})(ShardShell)
+
+
+def spawn_island(job: Job, island: IslandId) -> Any:
+    """A handle of a new island, or evaluator, somewhere in the cluster."""
+    if island == EVALUATOR:  # exports to the run's directory, so it lives where the driver does
+        home = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        return _IslandActor.options(num_cpus=0, scheduling_strategy=home).remote(job, island)
+    cpus, gpus = job.threads_per_worker, job.gpus_per_worker
+    return _IslandActor.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD").remote(job, island)
+
+
+def spawn_shard(job: Job) -> Any:
+    """A handle of a new shard of the store."""
+    return _ShardActor.options(num_cpus=0, scheduling_strategy="SPREAD").remote(job)

@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diloco import checkpoint as ckpt
 from diloco.events import (
@@ -35,8 +34,8 @@ from diloco.events import (
 )
 from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SourceId, Task
 from diloco.runtime.base import Backend, Final, Job, Runtime, placed
-from diloco.runtime.ray_actors import IslandActor, ShardActor
-from diloco.runtime.ray_refs import Pending, Ref, died, get, short
+from diloco.runtime.ray_actors import spawn_island, spawn_shard
+from diloco.runtime.ray_refs import Pending, Ref, died, get, raise_errors, short
 from diloco.runtime.ray_start import connect
 
 
@@ -86,11 +85,10 @@ class RayBackend(Backend):
 
     def shapes(self) -> dict[str, Shape]:
         """Starts all actors at once, so that their imports overlap; waits for the evaluator."""
-        shard = ShardActor.options(num_cpus=0, scheduling_strategy="SPREAD")
         for index in [EVALUATOR, *range(self._job.islands)]:
-            self._islands[IslandId(index)] = actor = self._spawn(IslandId(index))
+            self._islands[IslandId(index)] = actor = spawn_island(self._job, IslandId(index))
             self._built[IslandId(index)] = actor.build.remote()
-        self._shards = [shard.remote(self._job) for _ in range(self._job.shards)]
+        self._shards = [spawn_shard(self._job) for _ in range(self._job.shards)]
         found: dict[str, Shape] = get(self._built[EVALUATOR])
         return found
 
@@ -112,8 +110,10 @@ class RayBackend(Backend):
         """Shards and islands read their own files."""
         self._checkpoint = checkpoint
         refs = [shard.load.remote(checkpoint, placed(self._modules, index)) for index, shard in enumerate(self._shards)]
-        refs += [self._islands[IslandId(i)].load.remote(checkpoint, source) for source, i in sources.items()]
         get(refs)
+        holders = {source: IslandId(island) for source, island in sources.items()}
+        loaded = get([self._islands[island].load.remote(checkpoint, source) for source, island in holders.items()])
+        self._exported = {source: holders[source] for source, there in zip(holders, loaded, strict=True) if there}
 
     # --- commands ---
 
@@ -129,7 +129,7 @@ class RayBackend(Backend):
                 by_shard: dict[int, list[Any]] = {}
                 for commit in command.commits:
                     by_shard.setdefault(self._modules.shards[commit.module], []).append(commit)
-                self._pending.add([self._shards[i].commit.remote(c) for i, c in by_shard.items()], _raise_errors)
+                self._pending.add([self._shards[i].commit.remote(c) for i, c in by_shard.items()], raise_errors)
             case Measure():
                 self._pending.add([shard.measure.remote() for shard in self._shards], self._on_measured)
             case Respawn():
@@ -141,15 +141,10 @@ class RayBackend(Backend):
         folder = ckpt.CheckpointFolder(root)
 
         def done(answers: list[dict[str, str]], error: Exception | None) -> None:
-            path, problem = f"{root}/{name}", "" if error is None else short(error)
-            if error is None:
-                files = {path: digest for answer in answers for path, digest in answer.items()}
-                try:
-                    self._checkpoint = path = folder.complete(name, manifest, files, keep)
-                except OSError as failure:
-                    problem = str(failure)
-            if problem:
-                folder.abandon(name)
+            files = {path: digest for answer in answers for path, digest in answer.items()}
+            problem = folder.conclude(name, manifest, files, keep=keep, error="" if error is None else short(error))
+            path = f"{root}/{name}"
+            self._checkpoint = self._checkpoint if problem else path
             seconds = time.monotonic() - start_s
             self._events.append(Saved(now_s=self.now_s(), path=path, seconds=seconds, error=problem))
 
@@ -160,6 +155,7 @@ class RayBackend(Backend):
         temporary = folder.temporary(name)
         refs = [shard.write.remote(temporary, name, shard.freeze.remote(name)) for shard in self._shards]
         refs += [self._islands[island].write.remote(temporary, source) for source, island in self._exported.items()]
+        self._exported.clear()
         self._pending.add(refs, done)
 
     # --- events ---
@@ -206,15 +202,6 @@ class RayBackend(Backend):
             ray.shutdown()
 
     # --- inside ---
-
-    def _spawn(self, island: IslandId) -> Any:
-        evaluator = island == EVALUATOR
-        cpus = 0 if evaluator else self._job.threads_per_worker
-        gpus = 0.0 if evaluator else self._job.gpus_per_worker
-        # The evaluator exports to the run's directory, so it lives where the driver does.
-        home = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        actor = IslandActor.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=home if evaluator else "SPREAD")
-        return actor.remote(self._job, island)
 
     def _run(self, task: Task, wants: Mapping[ModuleKey, int | None]) -> None:
         shards = sorted({self._modules.shards[task.modules[slot]] for slot in task.send})
@@ -293,7 +280,7 @@ class RayBackend(Backend):
         if self._revived[island] > MAX_FAILED_STARTS:
             raise RuntimeError(f"island {island} died {MAX_FAILED_STARTS} times without finishing a task")
         self._exported = {source: holder for source, holder in self._exported.items() if holder != island}
-        actor = self._islands[island] = self._spawn(island)
+        actor = self._islands[island] = spawn_island(self._job, island)
         built = actor.build.remote()
         return [actor.setup.remote(self._modules), built]
 
@@ -311,8 +298,3 @@ class RayBackend(Backend):
             self._events.append(Joined(now_s=self.now_s(), island=island))
 
         self._pending.add(ready, done)
-
-
-def _raise_errors(answers: list[Any], error: RayError | None) -> None:
-    if error is not None:
-        raise error

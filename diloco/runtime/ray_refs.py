@@ -72,6 +72,12 @@ def died(error: Exception) -> bool:
     return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
 
 
+def raise_errors(answers: list[Any], error: RayError | None) -> None:
+    """What to do with answers that say nothing."""
+    if error is not None:
+        raise error
+
+
 def short(error: Exception) -> str:
     """The error in one line."""
     error = cause(error)

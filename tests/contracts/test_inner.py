@@ -60,7 +60,7 @@ def test_every_parameter_moves_with_its_gradient_and_against_it(inner: Inner) ->
     for optimizer in optimizers:
         optimizer.step()
     for name, p in params.items():
-        assert bool((p.detach().sum() < before[name].sum())), name
+        assert bool(p.detach().sum() < before[name].sum()), name
 
 
 def test_weight_decay_is_on_matrices_only(inner: Inner) -> None:

@@ -155,7 +155,12 @@ def test_fragments_are_a_partition_of_nearly_equal_parts(blocks: int, per: int, 
 
 def test_blocks_are_in_order_of_number_and_not_of_letters() -> None:
     parameters: dict[str, Shape] = {f"h.{i}.w": (1,) for i in range(12)}
-    assert fragments(parameters, layers_per_fragment=4, strided=False)["blocks.2"] == ["h.8.w", "h.9.w", "h.10.w", "h.11.w"]
+    assert fragments(parameters, layers_per_fragment=4, strided=False)["blocks.2"] == [
+        "h.8.w",
+        "h.9.w",
+        "h.10.w",
+        "h.11.w",
+    ]
 
 
 def test_a_model_without_blocks_has_no_fragments() -> None:

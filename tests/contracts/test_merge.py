@@ -42,9 +42,7 @@ def row(request: pytest.FixtureRequest) -> Row:
 def some_deltas(count: int = len(WEIGHTS)) -> list[Tensors]:
     generator = torch.Generator().manual_seed(3)
     shapes = {"scalar": (), "empty": (0,), "matrix": (3, 4)}
-    return [
-        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(count)
-    ]
+    return [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(count)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

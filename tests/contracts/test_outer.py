@@ -25,7 +25,10 @@ ROWS = {
     "sgd": Row(Sgd(lr=0.5), lambda p: torch.optim.SGD(p, lr=0.5), False, -2.0),
     # m = 1, 1.9, 2.71, 3.439; steps of 1 + .9 m = 1.9, 2.71, 3.439, 4.0951, in sum 12.1441, times .7
     "nesterov": Row(
-        Nesterov(lr=0.7, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.7, momentum=0.9, nesterov=True), True, -8.50087
+        Nesterov(lr=0.7, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.7, momentum=0.9, nesterov=True),
+        True,
+        -8.50087,
     ),
     # m = 1, 1.5, 1.75, 1.875; steps of 1 + .5 m = 1.5, 1.75, 1.875, 1.9375, in sum 7.0625, times .4
     "nesterov_low": Row(

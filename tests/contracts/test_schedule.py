@@ -155,7 +155,9 @@ def dropped(probability: float, *, seed: int = 0, rounds: int = 40) -> list[tupl
     return sorted((task.round, task.source) for task in runtime.tasks() if not task.send)
 
 
-@pytest.mark.parametrize(("probability", "least", "most"), [(0.0, 0, 0), (1.0, 400, 400), (0.25, 70, 130), (0.5, 165, 235)])
+@pytest.mark.parametrize(
+    ("probability", "least", "most"), [(0.0, 0, 0), (1.0, 400, 400), (0.25, 70, 130), (0.5, 165, 235)]
+)
 def test_drops_are_about_as_frequent_as_asked(probability: float, least: int, most: int) -> None:
     # 400 tries: at 0.25 three standard deviations are 26, at 0.5 they are 30
     assert least <= len(dropped(probability)) <= most

@@ -204,7 +204,11 @@ INNERS: dict[str, Inner] = {"adamw": AdamW(lr=0.01), "muon": Muon(lr=0.01, adamw
 @pytest.mark.parametrize("inner", INNERS)
 def test_cutting_rounds_changes_no_bit(runs: Path, inner: str) -> None:
     found = {
-        digests(launch(runs / f"cut-{cut}", workload=Line(dropout=0.2), inner=INNERS[inner], inner_steps=7, segment_steps=cut))
+        digests(
+            launch(
+                runs / f"cut-{cut}", workload=Line(dropout=0.2), inner=INNERS[inner], inner_steps=7, segment_steps=cut
+            )
+        )
         for cut in (0, 1, 5, 7)
     }
     assert len(found) == 1

@@ -231,9 +231,7 @@ def test_what_comes_too_late_is_counted_and_not_merged() -> None:
 def test_an_unknown_source_is_late() -> None:
     runtime = WithStores()
     runtime.start()
-    verdict = Verdict(
-        module=ModuleKey("whole.0/0"), source=SourceId(77), round=0, finite=True, shape_ok=True, norm=1.0
-    )
+    verdict = Verdict(module=ModuleKey("whole.0/0"), source=SourceId(77), round=0, finite=True, shape_ok=True, norm=1.0)
     runtime.tell(Received(now_s=1.0, source=SourceId(77), round=0, verdicts=(verdict,)))
     assert runtime.view.counters.late == 1
     assert runtime.commits() == []

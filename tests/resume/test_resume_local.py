@@ -23,8 +23,8 @@ from diloco.checkpoint import Checkpoint, CheckpointFolder
 from diloco.config import to_yaml
 from diloco.events import Event
 from diloco.inner import AdamW, Muon, RateSchedule, Sgd
-from diloco.messages import SourceId, Tensors
 from diloco.merge import Mean
+from diloco.messages import SourceId, Tensors
 from diloco.outer import Nesterov
 from diloco.runtime.base import Store
 from diloco.runtime.local import Local, LocalBackend
@@ -135,9 +135,9 @@ def nearly(records_: dict[Key, Any]) -> dict[Key, Any]:
 
 
 COUNTED = (
-    "status", "rounds", "outer_steps", "tokens", "initial_val_loss", "val_loss", "best_val_loss", "perplexity", "bytes_up",
-    "bytes_down", "bytes_data_parallel", "contributions", "islands_lost", "islands_joined", "weights_sha256",
-    "outer_state_sha256", "data_sha256", "parameters",
+    "status", "rounds", "outer_steps", "tokens", "initial_val_loss", "val_loss", "best_val_loss", "perplexity",
+    "bytes_up", "bytes_down", "bytes_data_parallel", "contributions", "islands_lost", "islands_joined",
+    "weights_sha256", "outer_state_sha256", "data_sha256", "parameters",
 )  # fmt: skip
 
 
@@ -215,9 +215,7 @@ def test_more_rounds_after_the_end_equal_more_rounds_from_the_start(runs: Path) 
 
 
 @pytest.mark.parametrize("event", INTERRUPTIONS)
-def test_interrupted_at_any_moment_equals_never_stopped(
-    runs: Path, whole: Callable[[str], Result], event: int
-) -> None:
+def test_interrupted_at_any_moment_equals_never_stopped(runs: Path, whole: Callable[[str], Result], event: int) -> None:
     with at_event(event, LocalBackend.interrupt):
         first = launch(runs / "run", **{**BASE, **ADAMW})
     assert first.summary["status"] == "interrupted"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,51 +30,33 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE: dict[str, Any] = {"imports": ["tests.toy"], "inner": AdamW(lr=0.01), "workload": Line(dropout=0.3)}
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def end(process: subprocess.Popen[Any]) -> None:
-    """SIGTERM, so that `ray start --block` ends what it started, and SIGKILL where that does not help."""
-    process.terminate()
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait(30)
-
-
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One Ray for all tests of this file, beside whatever Ray there is on this machine."""
-    log = tmp_path_factory.mktemp("ray") / "log.txt"
-    address = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
-    command += ["--port", address.rpartition(":")[2], "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
-    command += ["--object-store-memory", str(200 << 20), "--disable-usage-stats"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    try:
-        wait_for(lambda: "Ray runtime started" in log.read_text() or process.poll() is not None)
-        assert process.poll() is None, log.read_text()
-        yield address
-    finally:
-        end(process)
+def one_ray() -> Iterator[None]:
+    """One Ray for most tests of this file: a run uses that to which its process is connected, and leaves it running."""
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=200 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    yield
+    ray.shutdown()
 
 
 Start = Callable[..., Result]
 
 
 @pytest.fixture
-def start(cluster: str, runs: Path) -> Start:
-    """A run on the cluster; `folder` in `runs`."""
+def start(one_ray: None, runs: Path) -> Start:
+    """A run on that Ray; `folder` in `runs`."""
 
     def run(folder: str, **settings: Any) -> Result:
-        runtime = RayCluster(address=cluster, tick_s=0.2)
-        return launch(runs / folder, **{**BASE, "runtime": runtime, **settings})
+        found = launch(runs / folder, **{**BASE, "runtime": RayCluster(tick_s=0.2), **settings})
+        assert ray.is_initialized()
+        return found
 
     return run
 
@@ -89,18 +72,14 @@ def told(directory: Path) -> dict[tuple[Any, ...], tuple[Any, ...]]:
     return found
 
 
-def test_the_same_bits_as_in_one_process(start: Start, runs: Path) -> None:
-    """Three islands on two shards, in segments, against an uncut run without Ray."""
-    settings = {"islands": 3, "store": Store(shards=2), "checkpoint": Checkpoint(every=2)}
-    expected = launch(runs / "local", **{**BASE, **settings, "segment_steps": 2})
-    uncut = launch(runs / "uncut", **{**BASE, **settings, "segment_steps": 0})
-    found = start("ray", **settings, segment_steps=2)
-    assert digests(found) == digests(expected) == digests(uncut)
-    assert told(found.directory) == told(expected.directory)
-    same = ("status", "tokens", "bytes_up", "bytes_down", "val_loss", "contributions", "data_sha256", "outer_steps")
-    assert {key: found.summary[key] for key in same} == {key: expected.summary[key] for key in same}
-    assert warned(found.directory) == []
-    assert CheckpointFolder(str(found.directory / "checkpoints")).names() == ["round-000002", "round-000003"]
+# --- with a Ray of their own: before the others, since these may not be connected yet ---
+
+
+def test_more_islands_than_this_machine_holds_are_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match=r"islands=50000 needs 500\d\d processes.*MiB of memory"):
+        launch(runs / "run", **BASE, islands=50_000, runtime=RayCluster())
+    assert not (runs / "run").exists()
     assert not ray.is_initialized()
 
 
@@ -173,7 +152,9 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     del sys.modules["users_own_parts"]
 
 
-def test_parts_of_the_users_own_travel(start: Start, runs: Path, parts: Any) -> None:
+def test_parts_of_the_users_own_travel(runs: Path, parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for workers, where the project is not installed
     settings = {
         "imports": ["tests.toy", "users_own_parts"],
         "codec": parts.Thousandths(scale=1e5),
@@ -183,17 +164,35 @@ def test_parts_of_the_users_own_travel(start: Start, runs: Path, parts: Any) -> 
         "store": Store(shards=1),
     }
     expected = launch(runs / "local", **{**BASE, **settings})
-    found = start("ray", **settings)
+    found = launch(runs / "ray", **{**BASE, **settings, "runtime": RayCluster(object_store_bytes=200 << 20)})
+    assert not ray.is_initialized()  # what was started for the run ended with it
     assert digests(found) == digests(expected)
     plain = launch(runs / "plain", **{**BASE, "rounds": 2, "inner_steps": 4, "store": Store(shards=1)})
     assert digests(plain)[0] != digests(found)[0]  # they were used
+
+
+# --- on one Ray ---
+
+
+def test_the_same_bits_as_in_one_process(start: Start, runs: Path) -> None:
+    """Three islands on two shards, in segments, against an uncut run without Ray."""
+    settings = {"islands": 3, "store": Store(shards=2), "checkpoint": Checkpoint(every=2)}
+    expected = launch(runs / "local", **{**BASE, **settings, "segment_steps": 2})
+    uncut = launch(runs / "uncut", **{**BASE, **settings, "segment_steps": 0})
+    found = start("ray", **settings, segment_steps=2)
+    assert digests(found) == digests(expected) == digests(uncut)
+    assert told(found.directory) == told(expected.directory)
+    same = ("status", "tokens", "bytes_up", "bytes_down", "val_loss", "contributions", "data_sha256", "outer_steps")
+    assert {key: found.summary[key] for key in same} == {key: expected.summary[key] for key in same}
+    assert warned(found.directory) == []
+    assert CheckpointFolder(str(found.directory / "checkpoints")).names() == ["round-000002", "round-000003"]
 
 
 # --- processes that die ---
 
 
 def test_an_island_killed_by_pid_is_started_again_and_takes_part(start: Start, runs: Path) -> None:
-    """Its process ends within round 1; the other one goes on, and waits in round 3 until the coordinator has it back."""
+    """Its process ends within round 1; the other one goes on, and waits in round 3 until it is back."""
     flag, back = runs / "kill", runs / "back"
     flag.write_text("")
     workload = Signalling(
@@ -242,6 +241,19 @@ def test_a_lone_island_that_is_killed_goes_on_from_its_checkpoint(start: Start, 
     assert found.summary["tokens"] == expected.summary["tokens"]
 
 
+MARK = "DILOCO_TEST_FOLDER"  # set in the environment of a driver, and so in that of all that it starts
+
+
+def marked(folder: str) -> list[int]:
+    """The processes that a driver with this mark started, and that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it is gone, or somebody else's
+            if f"{MARK}={folder}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
 DRIVER = """
 import os, sys
 from pathlib import Path
@@ -253,21 +265,26 @@ train(load(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
-def test_a_killed_driver_is_resumed_as_if_it_never_was(start: Start, cluster: str, runs: Path) -> None:
-    """SIGKILL within round 3, once the checkpoint of round 2 is complete and before there is one of round 4."""
+def test_a_killed_driver_is_resumed_as_if_it_never_was(start: Start, runs: Path) -> None:
+    """SIGKILL within round 3, once the checkpoint of round 2 is complete and before there is one of round 4.
+
+    The driver has a Ray of its own, which must not outlive it.
+    """
     flag, saved = runs / "kill", runs / "run" / "checkpoints" / "round-000002" / "manifest.json"
     workload = Signalling(
         dropout=0.3, file=str(flag), at_shard=0, at_step=3 * 6 + 3, gate=str(saved), gate_shard=0, gate_step=3 * 6 + 3
     )
     settings = {"workload": workload, "rounds": 5, "checkpoint": Checkpoint(every=2, keep=9)}
-    runtime = RayCluster(address=cluster, tick_s=0.2)
+    runtime = RayCluster(tick_s=0.2, object_store_bytes=200 << 20)
     given: dict[str, Any] = {**BASE, **settings, "inner_steps": 6, "segment_steps": 2, "runtime": runtime}
     config = runs / "config.yaml"
     config.write_text(to_yaml(RunConfig(**given, metrics=Metrics(live=False))))
     command = [sys.executable, "-c", DRIVER, str(config), str(runs / "run"), str(flag)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"PYTHONPATH": str(ROOT), MARK: str(runs)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
+    wait_for(lambda: not marked(str(runs)))
     assert not flag.exists()
     assert CheckpointFolder(str(runs / "run" / "checkpoints")).names() == ["round-000002"]
     expected = launch(runs / "local", **{**BASE, **settings})
@@ -285,25 +302,9 @@ def test_a_mistake_that_an_island_finds_reaches_the_caller(start: Start, runs: P
     with pytest.raises(ValueError, match="keeps batch statistics"):
         start("run", workload=WithBatchNorm())
     assert not (runs / "run").exists()  # nothing half-written
-    assert not ray.is_initialized()
 
 
 def test_more_islands_than_the_cluster_holds_are_refused(start: Start, runs: Path) -> None:
     with pytest.raises(ValueError, match=r"islands=9.*4"):
         start("run", islands=9)
-    assert not (runs / "run").exists()
-    assert not ray.is_initialized()
-
-
-def test_more_islands_than_this_machine_holds_are_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ValueError, match=r"islands=50000 needs 500\d\d processes.*MiB of memory"):
-        launch(runs / "run", **BASE, islands=50_000, runtime=RayCluster())
-    assert not (runs / "run").exists()
-    assert not ray.is_initialized()
-
-
-def test_no_cluster_at_the_address_is_refused(runs: Path) -> None:
-    with pytest.raises(ValueError, match="no Ray cluster answers at 127.0.0.1"):
-        launch(runs / "run", **BASE, runtime=RayCluster(address=f"127.0.0.1:{free_port()}"))
     assert not (runs / "run").exists()
