@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,27 @@ def test_an_abandoned_one_leaves_nothing(folder: CheckpointFolder, tmp_path: Pat
     folder.abandon("round-000001")
     folder.abandon("round-000002")  # nothing there
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_what_killed_runs_left_is_cleaned_away(folder: CheckpointFolder, tmp_path: Path) -> None:
+    write(folder, "round-000001")
+    folder.begin("round-000002")
+    write_modules(folder.temporary("round-000002"), states())
+    folder.clean()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["round-000001"]
+    CheckpointFolder(str(tmp_path / "nowhere")).clean()
+
+
+def test_one_that_was_being_replaced_is_put_back(folder: CheckpointFolder, tmp_path: Path) -> None:
+    """The driver died when the old one was out of the way and the new one not yet in its place."""
+    write(folder, "round-000001", round_=1)
+    write(folder, "round-000002", round_=2)
+    path = tmp_path / "checkpoints"
+    shutil.copytree(path / "round-000002", path / "round-000002.tmp")
+    (path / "round-000002").rename(path / "round-000002.old.tmp")
+    folder.clean()
+    assert sorted(p.name for p in path.iterdir()) == ["round-000001", "round-000002"]
+    assert folder.newest()[1]["view"]["round"] == 2
 
 
 def test_one_of_the_same_name_is_replaced(folder: CheckpointFolder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -553,6 +554,43 @@ def test_whatever_dies_and_when_every_step_counts_at_most_once_and_in_order(seed
     for source in range(3):
         assert steps[source] == list(range(len(steps[source])))
     assert runtime.view.counters.tokens == 10 * sum(map(len, steps))
+
+
+def test_what_an_island_sent_before_it_died_is_not_taken_for_what_it_sends_after() -> None:
+    """The lone island dies between sending and judgement, comes back, and trains the round again."""
+    runtime = begun(islands=1, rounds=2)
+    finish_island(runtime, 0, tasks=3)
+    (old,) = [c for c in runtime.asked if isinstance(c, Push)]
+    runtime.lose(0)
+    runtime.answer(next(c for c in runtime.asked if isinstance(c, Respawn)))
+    again = [task for task in runtime.tasks(0) if task.round == 0][3:]
+    assert [task.first_step for task in again] == [0, 2]
+    runtime.answer(old)
+    assert runtime.commits() == []
+    assert runtime.view.counters.late == 1
+    runtime.go()
+    assert [commit.sources for commit in runtime.commits()[::2]] == [(0,), (0,)]
+    assert committed_steps(runtime, 0) == list(range(12))
+    assert runtime.view.counters.tokens == 120
+
+
+def test_a_barrier_that_stalls_says_who_has_not_arrived() -> None:
+    runtime = begun(islands=3)
+    for island in (0, 2):
+        finish_island(runtime, island, tasks=3)
+        runtime.answer(answer_until(runtime, Push, island=island))
+    last_s = runtime.now_s()
+    quiet = [runtime.tell(Tick(now_s=last_s + s)) for s in range(0, 60, 5)]
+    assert not any(quiet)  # it is not said at once
+    for s in range(60, 2000, 5):
+        runtime.tell(Tick(now_s=last_s + s))
+    messages = [record["message"] for record in runtime.logged("warning")]
+    assert messages
+    assert all("sources [1]" in message for message in messages)
+    assert len(messages) < 10  # nor again and again
+    waited = [int(re.search(r"(\d+) s", message)[1]) for message in messages]  # type: ignore[index]
+    assert waited == sorted(waited)
+    assert 60 <= waited[0] <= 300
 
 
 # --- rejection ---

@@ -478,6 +478,32 @@ def test_another_source_does_not_inherit_the_inner_state() -> None:
     assert deltas[0] == deltas[1]
 
 
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_a_source_that_was_refused_starts_afresh(keep: float) -> None:
+    """Moments that met a number that is not finite never recover; nor are such weights kept."""
+    inner = AdamW(lr=0.01, fresh_warmup_steps=5)
+    bad = make_island(Constant(gradients=[1.0], poisoned_shards=[0], poisoned_steps=[1]), inner)
+    _, sent = bad.run(task(bad, steps=3, install=True, send=True), snapshots(bad))
+    assert not all(bool(value.isfinite().all()) for value in delta_of(sent).values())
+    asked = task(bad, steps=3, first_step=3, install=True, send=True, round=1, settled=((0, False),), keep=keep)
+    report, sent = bad.run(asked, snapshots(bad, seed=1))
+    fresh = make_island(Constant(gradients=[1.0]), inner)
+    expected, same = fresh.run(task(fresh, steps=3, first_step=3, install=True, send=True), snapshots(fresh, seed=1))
+    assert bits(delta_of(sent)) == bits(delta_of(same))
+    assert report.metrics["inner/fresh_state"] == 1.0
+    assert report.metrics["inner/lr"] == expected.metrics["inner/lr"]
+
+
+def test_a_source_that_was_accepted_keeps_its_state() -> None:
+    found = []
+    for settled in ((), ((0, True),)):
+        island = make_island(inner=AdamW(lr=0.01))
+        island.run(task(island, steps=3, install=True), snapshots(island))
+        asked = task(island, steps=3, first_step=3, install=True, send=True, settled=settled)
+        found.append(bits(delta_of(island.run(asked, snapshots(island, seed=1))[1])))
+    assert found[0] == found[1]
+
+
 def test_inner_state_is_kept_over_rounds() -> None:
     """Installing new weights resets neither moments nor the count of steps."""
     island = make_island(inner=AdamW(lr=0.01))

@@ -204,6 +204,28 @@ def test_a_rejected_one_is_not_replaced_by_a_second_push() -> None:
     assert not store.push(contribution(tensors(0))).good
 
 
+@pytest.mark.parametrize("first_is_good", [True, False])
+def test_a_later_attempt_takes_the_place_of_the_earlier_one(first_is_good: bool) -> None:
+    """The island died and its round was trained again: what it had sent before does not count."""
+    store = make_store(Sgd(lr=1.0))
+    earlier = contribution({n: t if first_is_good else t * math.nan for n, t in tensors(0).items()})
+    later = replace(contribution(tensors(1)), attempt=1)
+    store.push(earlier)
+    verdict = store.push(later)
+    assert verdict.good
+    assert store.push(earlier) == verdict  # however late that comes
+    store.commit(commit(0))
+    np.testing.assert_allclose(flat(values(store)), flat(tensors(100)) - flat(tensors(1)), rtol=1e-6, atol=1e-6)
+
+
+def test_a_later_attempt_that_is_bad_leaves_nothing_of_the_earlier_one() -> None:
+    store = make_store()
+    store.push(contribution(tensors(0)))
+    bad = contribution({name: value * math.nan for name, value in tensors(0).items()})
+    assert not store.push(replace(bad, attempt=1)).good
+    assert store.state()[KEY].meta["inbox"] == []
+
+
 # --- snapshots ---
 
 

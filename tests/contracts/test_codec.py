@@ -118,6 +118,18 @@ def test_a_read_only_body_decodes(row: Row) -> None:
     decoded.zero_()
 
 
+def test_a_view_reads_what_decoding_gives(row: Row) -> None:
+    payload = row.codec.encode(make({"a": (20, 3), "b": (), "c": (0, 2)}, 5))
+    for writeable in (True, False):
+        payload.body.flags.writeable = writeable
+        decoded, viewed = row.codec.decode(payload), row.codec.view(payload)
+        assert list(viewed) == list(decoded)
+        for name, value in decoded.items():
+            assert viewed[name].dtype == torch.float32
+            assert viewed[name].shape == value.shape
+            assert torch.equal(viewed[name], value)
+
+
 def test_any_memory_layout_is_read_in_the_order_of_the_elements(row: Row) -> None:
     base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     strided = {"t": base.T, "s": base[:, ::2], "grad": base.clone().requires_grad_()}

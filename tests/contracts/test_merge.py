@@ -57,6 +57,18 @@ def test_equals_numpy(row: Row, count: int) -> None:
         np.testing.assert_allclose(merged[name].numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_the_deltas_are_only_read_and_not_given_back(row: Row) -> None:
+    """They may be memory that is shared between processes."""
+    deltas = some_deltas()
+    for count in (1, 4):
+        merged = row.merge.combine(deltas[:count], WEIGHTS[:count])
+        for value in merged.values():
+            value.fill_(7.0)
+    for delta, before in zip(deltas, some_deltas(), strict=True):
+        for name, value in delta.items():
+            assert torch.equal(value, before[name])
+
+
 def test_weights_are_normalised(row: Row) -> None:
     merged = row.merge.combine(some_deltas(), WEIGHTS)
     scaled = row.merge.combine(some_deltas(), [1000 * weight for weight in WEIGHTS])
