@@ -396,6 +396,30 @@ def test_what_was_lost_is_given_out_again_once() -> None:
     assert runtime.view.counters.tokens == 10 * (24 + 18)
 
 
+def test_a_dropped_round_is_lost_with_the_island_whose_weights_hold_it() -> None:
+    """It was never sent, so its data is given out again too; and its tokens count with what is sent in the end."""
+    schedule = Barrier(drop_probability=0.5)
+
+    def begun_with(seed: int) -> FakeRuntime:
+        runtime = FakeRuntime(make_view(seed=seed, rounds=4), schedule)
+        runtime.start()
+        runtime.go(until=lambda: runtime.view.round == 2)
+        return runtime
+
+    def sends(runtime: FakeRuntime, island: int) -> list[bool]:
+        return [bool(task.send) for task in runtime.tasks(island) if task.last]
+
+    seed = next(s for s in range(1000) if sends(begun_with(s), 1) == [True, False] and sends(begun_with(s), 0)[1])
+    runtime = begun_with(seed)
+    assert runtime.view.counters.tokens == 180
+    finish_island(runtime, 1, tasks=1)
+    runtime.lose(1)
+    runtime.answer(next(c for c in runtime.asked if isinstance(c, Respawn)))
+    runtime.go(until=lambda: any(task.round == 3 for task in runtime.tasks(1)))
+    first = next(task for task in runtime.tasks(1) if task.round == 3)
+    assert (first.first_step, first.keep) == (6, 0.0)
+
+
 def test_a_lost_island_is_fenced() -> None:
     """What it still sends is not counted, and its report gives nobody a task."""
     runtime = begun()
