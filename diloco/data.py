@@ -174,7 +174,7 @@ class TokenCorpus:
             if windows.count == 0:
                 raise ValueError(
                     f"shard {shard} of {shards} holds {windows.tokens} tokens, fewer than one sequence needs "
-                    f"(data.sequence_length={data.sequence_length} and one): use fewer shards, shorter "
+                    f"(data.sequence_length={data.sequence_length} and one): use fewer islands, shorter "
                     "sequences or more data"
                 )
         self._validation = Windows(self.folder, np.flatnonzero(self.folder.held_out), data.sequence_length)
@@ -261,7 +261,7 @@ def _deal(folder: TokenFolder, split: ShardSplit, *, seed: int, shards: int) -> 
         kind, remedy = "domains in the training documents", "set data.domain_field, use data.split=iid"
     if len(groups) < shards:
         raise ValueError(
-            f"{len(groups)} {kind} cannot fill {shards} shards: use fewer shards, {remedy}, or give more data"
+            f"{len(groups)} {kind} cannot fill {shards} shards: use fewer islands, {remedy}, or give more data"
         )
     sizes = np.diff(folder.offsets)
     totals = [int(sizes[group].sum()) for group in groups]

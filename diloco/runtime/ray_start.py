@@ -44,6 +44,7 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
         return True
     _check_machine(job)
     os.environ.setdefault("RAY_preallocate_plasma_memory", "1")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves islands beside any other busy process
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, job.islands * job.threads_per_worker),

@@ -166,8 +166,10 @@ def cut_back(whole: Result, directory: Path, round_: int) -> None:
 # --- stopped between two checkpoints ---
 
 
-@pytest.mark.parametrize("round_", range(1, ROUNDS + 1))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "round_"),
+    [*(("adamw with dropout", r) for r in range(1, ROUNDS + 1)), *((k, r) for k in [*KINDS][1:] for r in (1, 3))],
+)
 def test_stopped_at_a_round_equals_never_stopped(
     runs: Path, whole: Callable[[str], Result], kind: str, round_: int
 ) -> None:
@@ -224,7 +226,7 @@ def test_interrupted_at_any_moment_equals_never_stopped(runs: Path, whole: Calla
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "adamw with dropout"])
-@pytest.mark.parametrize("event", [3, 10, 18, 24])
+@pytest.mark.parametrize("event", [3, 18])
 def test_interrupted_within_a_round_equals_never_stopped(
     runs: Path, whole: Callable[[str], Result], kind: str, event: int
 ) -> None:
@@ -235,7 +237,7 @@ def test_interrupted_within_a_round_equals_never_stopped(
     assert_same(resumed(runs / "run", kind), whole(kind))
 
 
-@pytest.mark.parametrize("event", [2, 5, 8, 13])
+@pytest.mark.parametrize("event", [2, 8])
 def test_interrupted_again_and_again_equals_never_stopped(
     runs: Path, whole: Callable[[str], Result], event: int
 ) -> None:
@@ -251,7 +253,7 @@ def test_interrupted_again_and_again_equals_never_stopped(
     assert_same(result, whole("adamw with dropout"))
 
 
-@pytest.mark.parametrize("event", [3, 6, 9, 12, 15])
+@pytest.mark.parametrize("event", [3, 9, 15])
 def test_a_checkpoint_of_a_round_that_was_resumed_within_holds_every_source(
     runs: Path, whole: Callable[[str], Result], event: int
 ) -> None:
