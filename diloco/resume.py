@@ -81,6 +81,7 @@ def _resumed(config: RunConfig, directory: Path) -> Start:
             f" {'; '.join(differing[:3])}"
         )
     folder = ckpt.CheckpointFolder(checkpoint_root(saved, directory))
+    folder.clean()  # a replacement that was broken off is put back
     path, manifest = folder.newest()
     if manifest["view"]["round"] > config.rounds:
         raise ValueError(f"rounds={config.rounds}: the checkpoint has {manifest['view']['round']} already; give more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -35,12 +36,16 @@ class Pending:
 
     def wait(self, timeout_s: float) -> bool:
         """Handle one answer. False where none came in time."""
-        ready, _ = ray.wait(list(self._gathers), num_returns=1, timeout=timeout_s) if self._gathers else ([], [])
-        if not ready:
+        refs = list(self._gathers)
+        if not refs:
+            time.sleep(timeout_s)
+        if not refs or not ray.wait(refs, num_returns=1, timeout=timeout_s)[0]:
             return False
-        gather, index = self._gathers.pop(ready[0])
+        there = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+        first = next(ref for ref in refs if ref in there)  # in the order of asking; Ray tells of them in any
+        gather, index = self._gathers.pop(first)
         try:
-            gather.answers[index] = ray.get(ready[0])
+            gather.answers[index] = ray.get(first)
         except RayError as error:
             gather.error = gather.error or error
         gather.waiting -= 1

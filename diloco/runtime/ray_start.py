@@ -11,6 +11,7 @@ from types import ModuleType
 
 import ray
 import torch
+from ray.exceptions import AuthenticationError
 
 from diloco.runtime.base import Job
 
@@ -32,10 +33,11 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
         try:
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"no Ray cluster answers at {address} ({reason}); start it, or unset RAY_ADDRESS"
-            ) from error
+            hint = "start it, or unset RAY_ADDRESS; with token authentication, set RAY_AUTH_MODE=token"
+            raise ValueError(f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); {hint}") from error
+        except AuthenticationError as error:
+            hint = "set RAY_AUTH_MODE=token and give every node the same ~/.ray/auth_token"
+            raise ValueError(f"the Ray cluster at {address} refuses this token or its absence; {hint}") from error
         try:
             _check_cluster(job)
         except ValueError:

@@ -240,7 +240,9 @@ def test_an_island_killed_by_pid_is_started_again_and_takes_part(start: Start, r
     steps = [record["step"] for record in records(result.directory, "segment") if record["island"] == 1]
     assert steps == [2, 4, 6, 8, 8, 10, 12, 14, 16, 18]  # up to step 6, then from there once more
     assert result.summary["tokens"] == 9 * 6 * 8
-    assert not [message for message in warned(result.directory) if "could not be written" in message]
+    # It may have died while it wrote that of round 1; later ones do without what it had.
+    failed = [message for message in warned(result.directory) if "could not be written" in message]
+    assert not [message for message in failed if "round-000001" not in message]
     newest, manifest = CheckpointFolder(str(result.directory / "checkpoints")).newest()
     assert Path(newest).name == "round-000006"
     assert {name for name in manifest["files"] if name.startswith("sources/")} == {
