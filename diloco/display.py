@@ -236,8 +236,9 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
     rows.append(("bytes sent", format_bytes(sent)))
     parallel = _amount(summary, "bytes_data_parallel")
     if sent > 0 and parallel > 0:
-        more = f"{sent / parallel:.3g} times more" if sent > parallel else f"{parallel / sent:.3g} times less"
-        rows.append(("", f"{more} than data parallel would have sent ({format_bytes(parallel)})"))
+        more = f"{sent / parallel:.3g} times more than" if sent > parallel else f"{parallel / sent:.3g} times less than"
+        more = "as much as" if sent == parallel else more
+        rows.append(("", f"{more} data parallel would have sent ({format_bytes(parallel)})"))
     paths = {"run directory": "run_directory", "checkpoint": "checkpoint", "exported model": "export"}
     return rows + [(name, str(summary[key])) for name, key in paths.items() if summary.get(key)]
 

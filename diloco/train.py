@@ -42,6 +42,7 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
     Returns also where the run stopped by its own rule or was interrupted; `summary["status"]` says which.
     Raises ValueError for a mistake in the configuration or input, before anything is written.
     """
+    begun_s = time.monotonic()
     config.metrics.check()
     start = resume.resolve(config, directory)
     config = replace(
@@ -70,7 +71,7 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
             backend.fill(init_from)
         else:
             session.take_up(start.manifest["view"])
-        return session.run()
+        return session.run(begun_s)
     finally:
         backend.close()
 
@@ -126,8 +127,8 @@ class _Session:
         sources = {source: source for source in self._view.sources if source < before}
         self._backend.load(self._start.checkpoint, {source: IslandId(source) for source in sources})
 
-    def run(self) -> Result:
-        """The main loop, and what is left behind."""
+    def run(self, begun_s: float) -> Result:
+        """The main loop, and what is left behind. `begun_s`: when the run was asked for, by the monotonic clock."""
         self._directory.mkdir(parents=True, exist_ok=True)
         summary.write_text(self._directory / "config.yaml", configuration.to_yaml(self._config))
         ckpt.CheckpointFolder(self._root).clean()
@@ -141,7 +142,7 @@ class _Session:
             config=configuration.plain(self._config),
             resume_bytes=manifest.get("metrics_bytes"),
             resume_round=self._view.round,
-            earlier_s=manifest.get("wall_s", 0.0),
+            earlier_s=manifest.get("wall_s", 0.0) + time.monotonic() - begun_s,
         )
         try:
             stop, final = self._drive(writer, display)

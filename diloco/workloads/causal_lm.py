@@ -125,6 +125,8 @@ class CausalLM(Workload):
                 pad_token_id=tokenizer.pad_token_id,
             ).save_pretrained(folder)
         config.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):  # written for the owner alone
+            weights.chmod((folder / "config.json").stat().st_mode)
 
     def sample(self, model: nn.Module, corpus: Corpus, prompt: str, *, tokens: int, seed: int) -> str:
         """`prompt`, or where it is empty the start of a held-out document, and up to `tokens` tokens after it."""
