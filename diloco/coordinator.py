@@ -275,9 +275,7 @@ class Coordinator:
 
     def _settle(self) -> list[Command]:
         """The end of the run, or the next step of an interruption, once nothing is under way any more."""
-        if self._stopped or self._saving or self._held or self._asked or self._pushing:
-            return []
-        if self._queued:
+        if self._stopped or self._saving or self._held or self._asked or self._pushing or self._queued:
             return []
         if self.run.round >= self.run.rounds:
             self._stopped = True

@@ -28,7 +28,10 @@ class Start:
 
 
 def resolve(config: RunConfig, directory: Path | None) -> Start:
-    """Find what `config.resume` names. Writes nothing. Raises ValueError where it cannot be gone on with."""
+    """Find what `config.resume` names, and clear away what a killed run left half-written there.
+
+    Raises ValueError, before anything is touched, where the configuration cannot be gone on with.
+    """
     if not config.resume:
         return Start(config=config, directory=directory or rundir.new_directory(config.name))
     if config.resume == "auto":

@@ -131,7 +131,6 @@ class _Session:
         """The main loop, and what is left behind. `begun_s`: when the run was asked for, by the monotonic clock."""
         self._directory.mkdir(parents=True, exist_ok=True)
         summary.write_text(self._directory / "config.yaml", configuration.to_yaml(self._config))
-        ckpt.CheckpointFolder(self._root).clean()
         rundir.point_latest(self._directory)
         manifest = self._start.manifest or {}
         writer, display = open_metrics(
