@@ -76,6 +76,9 @@ class RunConfig:
         for key, minimum in {**least, "threads_per_worker": 1, "gpus_per_worker": 0}.items():
             if vars(self)[key] < minimum:
                 raise ValueError(f"{key}={vars(self)[key]} is too small; give at least {minimum}")
+        known = [kind.value for kind in ReplicaKind]
+        if self.replica not in [*ReplicaKind, *known]:
+            raise ValueError(f"replica={self.replica} is unknown; use {' or '.join(known)}")
         self.replica = ReplicaKind(self.replica)  # config.yaml has its name
         for workers in self.workers_by_island():
             parts = workers * self.data.accumulation

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.workload": {"diloco.messages"},
     **dict.fromkeys(sorted(DATA), DATA),
     "diloco.checkpoint": {"diloco.layout", "diloco.messages", "diloco.sharded", "diloco.workers"},
-    "diloco.sharded": {"diloco.messages", "diloco.workers"},
+    "diloco.sharded": {"diloco.checkpoint", "diloco.messages", "diloco.workers"},
     "diloco.metrics": {"diloco.display", "diloco.messages"},
     "diloco.display": set(),
     "diloco.rundir": {"diloco.checkpoint", "diloco.config", "diloco.messages"},

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,50 +14,17 @@ from typing import Any
 import pytest
 import ray
 
-from diloco import Result, RunConfig
+from diloco import RunConfig
 from diloco.checkpoint import Checkpoint, CheckpointFolder
 from diloco.config import to_yaml
-from diloco.inner import AdamW
 from diloco.metrics import Metrics
 from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
 from diloco.runtime.ray_refs import Pending
-from tests.toy import Line, Signalling, WithBatchNorm, digests, launch, records, wait_for, warned
+from tests.conftest import BASE, Start
+from tests.toy import Signalling, WithBatchNorm, digests, launch, records, wait_for, warned
 
 ROOT = Path(__file__).resolve().parents[2]
-# In a worker nothing of the tests is imported but what `imports` names; it travels by Ray's py_modules.
-BASE: dict[str, Any] = {"imports": ["tests.toy"], "inner": AdamW(lr=0.01), "workload": Line(dropout=0.3)}
-
-
-@pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
-    """One Ray for most tests of this file: a run uses that to which its process is connected, and leaves it running."""
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=200 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
-    yield
-    ray.shutdown()
-
-
-Start = Callable[..., Result]
-
-
-@pytest.fixture
-def start(one_ray: None, runs: Path) -> Start:
-    """A run on that Ray; `folder` in `runs`."""
-
-    def run(folder: str, **settings: Any) -> Result:
-        found = launch(runs / folder, **{**BASE, "runtime": RayCluster(tick_s=0.2), **settings})
-        assert ray.is_initialized()
-        return found
-
-    return run
 
 
 def told(directory: Path) -> dict[tuple[Any, ...], tuple[Any, ...]]:
