@@ -156,7 +156,10 @@ def test_two_workers_train_on_the_joint_batch(trained: Path, kind: ReplicaKind, 
     expected = {n: t for c in sent for n, t in Float32().decode(c.payload).items()}
     assert set(found["deltas"]) == set(expected)
     for parameter, value in expected.items():
-        torch.testing.assert_close(found["deltas"][parameter], value, rtol=1e-3 * loose, atol=2e-5 * loose)
+        if loose > 1:  # one step of torch's own differs by up to 6 %
+            assert (found["deltas"][parameter] - value).norm() < 0.1 * value.norm()
+        else:
+            torch.testing.assert_close(found["deltas"][parameter], value, rtol=1e-3, atol=2e-6)
 
 
 # --- what islands of workers train ---
