@@ -12,10 +12,13 @@ from diloco.report.drawing import DASHES, MUTED, Key, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.transforms import Transform
 
 FEW_POINTS = 40  # up to so many are drawn as dots too
+DENSE_POINTS = 200  # from here on the line is thin
 FEW_LINES = 3  # up to so many have their range drawn too
 MOST_TOLD = 12  # lines that the description names
+NOTE_SIZE = 10  # of text among the lines, in points
 DECADE = 10.0  # a log scale needs at least so large a ratio
 
 
@@ -52,7 +55,7 @@ class Chart:
     lines: Sequence[Line]
     mark: tuple[float, str] | None = None  # a value of x to compare with, and what it is
     level: tuple[float, str] | None = None  # the same for y
-    tell_last: bool = False  # write the last value at the end of each line
+    tell_last: bool = False  # write its last value at the end of the first line
 
     def panel(self) -> Panel:
         """The chart as something to draw."""
@@ -67,24 +70,15 @@ def draw(chart: Chart, axes: Axes) -> None:
     _scale(axes, "y", chart.y, [y for line in chart.lines for y in line.y] + levels)
     axes.margins(x=0.03, y=0.07)
     for line in chart.lines:
-        _draw_line(chart, line, axes)
+        _draw_line(line, axes, with_range=len(chart.lines) <= FEW_LINES)
+    if chart.tell_last and chart.lines[0].x:
+        _tell_last(chart, chart.lines[0], axes)
     if chart.mark is not None:
         axes.axvline(chart.mark[0], color=MUTED, linestyle=DASHES[1], linewidth=1.2)
-        at = axes.get_xaxis_transform()
-        axes.text(chart.mark[0], 0.98, f"{chart.mark[1]} ", transform=at, rotation=90, ha="right", va="top", size=9)
+        _write(axes, chart.mark[1], (chart.mark[0], 0.98), axes.get_xaxis_transform(), offset=(-3, 0), rotation=90)
     if chart.level is not None:
         axes.axhline(chart.level[0], color=MUTED, linestyle=DASHES[1], linewidth=1.2)
-        at = axes.get_yaxis_transform()
-        axes.annotate(
-            chart.level[1],
-            (0.99, chart.level[0]),
-            xycoords=at,
-            xytext=(0, -3),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            size=9,
-        )
+        _write(axes, chart.level[1], (0.99, chart.level[0]), axes.get_yaxis_transform(), offset=(0, -3))
     if not any(line.x for line in chart.lines):
         axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", color=MUTED)
         axes.set(xticks=[], yticks=[])
@@ -110,21 +104,41 @@ def describe(chart: Chart) -> str:
     return f"{chart.y.label} against {chart.x.label}. {'; '.join(told) or 'Nothing yet'}."
 
 
-def _draw_line(chart: Chart, line: Line, axes: Axes) -> None:
+def _draw_line(line: Line, axes: Axes, *, with_range: bool) -> None:
     dots = "o" if len(line.x) <= FEW_POINTS else ""
-    axes.plot(line.x, line.y, color=line.key.colour, linestyle=DASHES[line.key.dash], marker=dots)
-    if line.low and len(chart.lines) <= FEW_LINES:
+    width = 1.8 if len(line.x) <= DENSE_POINTS else 1.0
+    axes.plot(line.x, line.y, color=line.key.colour, linestyle=DASHES[line.key.dash], marker=dots, linewidth=width)
+    if line.low and with_range:
         axes.fill_between(line.x, line.low, line.high, color=line.key.colour, alpha=0.18, linewidth=0)
-    if chart.tell_last and line.x:
-        axes.annotate(
-            _value(chart.y, line.y[-1]),
-            (line.x[-1], line.y[-1]),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            color=line.key.colour,
-            size=9,
-        )
+
+
+def _write(
+    axes: Axes, text: str, at: tuple[float, float], where: Transform, *, offset: tuple[float, float], rotation: int = 0
+) -> None:
+    """Text left of and below a place, at a distance in points."""
+    axes.annotate(
+        text,
+        at,
+        xycoords=where,
+        xytext=offset,
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        rotation=rotation,
+        size=NOTE_SIZE,
+    )
+
+
+def _tell_last(chart: Chart, line: Line, axes: Axes) -> None:
+    axes.annotate(
+        _value(chart.y, line.y[-1]),
+        (line.x[-1], line.y[-1]),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        color=line.key.colour,
+        size=NOTE_SIZE,
+    )
 
 
 def _scale(axes: Axes, which: Literal["x", "y"], axis: Axis, values: Sequence[float]) -> None:

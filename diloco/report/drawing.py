@@ -24,11 +24,13 @@ DARK_SERIES = ("#58aef0", "#ff9350", "#3ecfa0", "#e594d3", "#e0b840", "#8fdcf5",
 DASHES: tuple[tuple[float, tuple[float, ...]], ...] = ((0, ()), (0, (5, 2)), (0, (1.2, 1.6)))
 INK, MUTED, GRID, PAPER = "#1c2127", "#59636d", "#dfe3e8", "#fefefe"
 DARK_INK, DARK_MUTED, DARK_GRID, DARK_PAPER = "#e8ebee", "#a3adb8", "#343b43", "#15181c"
+WAITING, DARK_WAITING = "#cc9c3d", "#8f6f2c"
 COLOURS: Mapping[str, tuple[str, str]] = {
     "ink": (INK, DARK_INK),
     "muted": (MUTED, DARK_MUTED),
     "grid": (GRID, DARK_GRID),
     "paper": (PAPER, DARK_PAPER),
+    "waiting": (WAITING, DARK_WAITING),
     **{f"series-{i}": pair for i, pair in enumerate(zip(SERIES, DARK_SERIES, strict=True))},
 }  # name of the page's variable -> in light and in dark
 
@@ -89,8 +91,8 @@ def _style() -> Iterator[None]:
         "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
         "svg.hashsalt": "diloco",
         "text.parse_math": False,  # labels come from runs and may hold a $
-        "font.size": 10,
-        "axes.titlesize": 11,
+        "font.size": 11,
+        "axes.titlesize": 12,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
         "text.color": INK,
@@ -106,7 +108,6 @@ def _style() -> Iterator[None]:
         "grid.color": GRID,
         "grid.linewidth": 0.8,
         "xtick.minor.size": 0,
-        "lines.linewidth": 1.8,
         "lines.markersize": 4,
         "legend.frameon": False,
         "path.simplify_threshold": 0.5,
@@ -118,8 +119,9 @@ def _style() -> Iterator[None]:
 
 def _figure(inches: tuple[float, float]) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=inches, layout="constrained")
+    return Figure(figsize=inches, layout=ConstrainedLayoutEngine(w_pad=0.12))  # inches between panels
 
 
 def _handle(key: Key) -> Artist:
@@ -134,7 +136,7 @@ def _handle(key: Key) -> Artist:
 def _inlined(text: str, name: str) -> str:
     """Without what only a file of its own needs, names made unique, and colours as the page's variables."""
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"<(metadata|style).*?</\1>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)
     text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)
     text = re.sub(r' (?:xmlns(?::xlink)?|version)="[^"]*"', "", text).replace("xlink:href", "href")

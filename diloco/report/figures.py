@@ -53,7 +53,7 @@ def _single_losses(run: Run) -> Figure:
         heading="Loss",
         note="Validation: the global weights on held-out text. Training: the islands' own loss on their own text,"
         " mean over each round.",
-        panels=_losses([run], names, points, tell_last=True),
+        panels=_losses([run], names, points, "loss", tell_last=True),
         keys=names,
     )
 
@@ -73,7 +73,7 @@ def _compared_losses(runs: Sequence[Run]) -> list[Figure]:
             name=name,
             heading=heading,
             note=note,
-            panels=_losses(runs, keys(runs), [points(run.history) for run in runs]),
+            panels=_losses(runs, keys(runs), [points(run.history) for run in runs], heading.lower()),
             keys=keys(runs),
         )
         for name, heading, note, points in kinds
@@ -81,7 +81,7 @@ def _compared_losses(runs: Sequence[Run]) -> list[Figure]:
 
 
 def _losses(
-    runs: Sequence[Run], names: Sequence[Key], points: Sequence[list[Point]], *, tell_last: bool = False
+    runs: Sequence[Run], names: Sequence[Key], points: Sequence[list[Point]], what: str, *, tell_last: bool = False
 ) -> list[Panel]:
     """The same losses against tokens, bytes and time."""
     unit, seconds = time_unit(max((p.time_s for line in points for p in line), default=0.0))
@@ -91,7 +91,8 @@ def _losses(
         ("against wall time", Axis(label=f"wall time ({unit})", zero=True), lambda p: p.time_s / seconds),
     ]
     known = [p.loss for line in points for p in line]
-    loss = Axis(label="loss (nats a token)", span=(min(known), max(known)) if known else None)
+    label = f"{what} (nats/token)" if all(run.config.get("workload") == "causal_lm" for run in runs) else what
+    loss = Axis(label=label, span=(min(known), max(known)) if known else None)
     panels = []
     for title, axis, x in axes:
         # What came before the first byte has no place on a scale of bytes.

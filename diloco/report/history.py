@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Control characters, lone surrogates and non-characters: neither HTML nor a font has a place for them.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 MARKS = ("lost", "joined", "checkpoint", "start")
 
 
@@ -119,6 +122,11 @@ def read(path: Path) -> History:
                 if isinstance(record, dict):
                     history.add(record)
     return history
+
+
+def printable(text: str) -> str:
+    """Text of a run with a replacement for what cannot be shown."""
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def number(record: Mapping[str, Any], key: str) -> float | None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diloco.report.drawing import COLOURS, DASHES, Key
-
-# Control characters, lone surrogates and non-characters have no place in HTML.
-FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+from diloco.report.history import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +21,7 @@ class Cell:
 
 def escape(text: str) -> str:
     """Text as HTML has it, also within quotes."""
-    return html.escape(FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text))
+    return html.escape(printable(text))
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Cell]], *, kind: str = "") -> str:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from diloco.display import format_duration
-from diloco.report import series
+from diloco.report import drawing, series
 from diloco.report.drawing import DASHES, GRID, INK, MUTED, SERIES, Key, Panel
 from diloco.report.figures import Figure, time_unit
 from diloco.report.history import History
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TRAINING = Key(label="training", colour=SERIES[0], box=True)
-WAITING = Key(label="waiting", colour=SERIES[4], box=True)
+WAITING = Key(label="waiting", colour=drawing.WAITING, box=True)
 WIDTH_INCHES = 12.5
 MOST_ROW_NAMES = 16
 MOST_TICKS = 300  # marks in one row
@@ -43,7 +43,7 @@ def timeline(run: Run, name: str) -> Figure | None:
 def _describe(run: Run, bars: Timeline) -> str:
     told = []
     for what, found in ("trained", bars.training), ("waited", bars.waiting):
-        seconds = sum((bar.end_s - bar.begin_s) * bar.share for bar in found)
+        seconds = sum((bar.end_s - bar.begin_s) * (bar.share if bars.step_s else 1.0) for bar in found)
         told.append(f"{what} for {format_duration(seconds)}")
     events = [mark.event for mark in run.history.marks]
     told += [f"{events.count(event)} {event}" for event in EVENTS if event in events]
@@ -66,7 +66,8 @@ def _draw(history: History, bars: Timeline, axes: Axes) -> None:
     for mark in history.marks:
         if mark.event in EVENTS and mark.island in row:
             marker, colour = EVENTS[mark.event]
-            axes.plot(mark.time_s / seconds, row[mark.island], marker, color=colour, markeredgecolor=INK, markersize=8)
+            at = mark.time_s / seconds, row[mark.island]
+            axes.plot(*at, marker, color=colour, markeredgecolor=drawing.PAPER, markersize=10)
     for mark in [mark for mark in history.marks if mark.event == "start"][1:]:
         axes.axvline(mark.time_s / seconds, color=MUTED, linestyle=DASHES[1], linewidth=1.2)
     every = -(-len(bars.islands) // MOST_ROW_NAMES)

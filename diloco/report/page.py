@@ -128,7 +128,10 @@ def _summary(runs: Sequence[Run], begun: Sequence[Run]) -> str:
     if len(runs) == 1:
         folded = f"<details><summary>All figures</summary>\n{tables.results(runs[0])}\n</details>"
         return _section("Result", _tiles(runs[0]), folded)
-    return _section("Results", tables.comparison(runs, {key.label: key for key in keys(begun)}))
+    parts = [tables.comparison(runs, {key.label: key for key in keys(begun)})]
+    items = [f"<li>{escape(f'{run.label}: {run.status}, {run.reason}')}</li>" for run in runs if run.reason]
+    parts += ["<h3>Did not finish</h3>", "<ul>", *items, "</ul>"] if items else []
+    return _section("Results", *parts)
 
 
 def _tiles(run: Run) -> str:

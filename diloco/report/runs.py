@@ -197,7 +197,7 @@ def _labelled(runs: list[Run]) -> list[Run]:
     folders = [run.directory.name for run in runs]
     numbered = [f"{number}: {folder}" for number, folder in enumerate(folders)]
     for labels in ([run.label for run in runs], names, settings, folders, numbered):
-        short = [shortened(" ".join(label.split())) for label in labels]
+        short = [shortened(" ".join(history.printable(label).split())) for label in labels]
         if all(short) and len(set(short)) == len(runs):
             break
     return [replace(run, label=label) for run, label in zip(runs, short, strict=True)]

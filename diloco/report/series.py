@@ -12,6 +12,7 @@ from diloco.report.history import History, Segment
 
 MOST_POINTS = 600  # of a line
 MOST_BARS = 6000  # of a timeline
+WAITING_BAR = (0.35, 0.3)  # base and share: thinner than training, also told apart without colour
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ class Spread(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A stretch of an island's time; `share` of it from `base` upwards is meant, all of it for 1 and 0."""
+    """A stretch of an island's time: a bar of height `share` over `base`, where a row has height 1."""
 
     island: int
     begin_s: float
@@ -160,7 +161,7 @@ def _bars(segments: Sequence[Segment]) -> tuple[list[Bar], list[Bar]]:
         begin_s = max(segment.end_s - segment.seconds, free_s)
         wait_s = max(begin_s - segment.waiting_s, free_s)
         if begin_s > wait_s:
-            waiting.append(Bar(segment.island, wait_s, begin_s))
+            waiting.append(Bar(segment.island, wait_s, begin_s, *WAITING_BAR))
         if segment.end_s > begin_s:
             training.append(Bar(segment.island, begin_s, segment.end_s))
         until[segment.island] = segment.end_s

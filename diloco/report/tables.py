@@ -101,7 +101,6 @@ def comparison(runs: Sequence[Run], keys: Mapping[str, Key]) -> str:
     """A row for each run, with the lowest validation loss marked; figures that none has are left out."""
     best = best_of(runs)
     names = [name for name, form in FIGURES.items() if any(form(run) != NONE for run in runs)]
-    failing = any(run.reason for run in runs)
     rows = []
     for run in runs:
         kind = "best" if run is best else ""
@@ -109,8 +108,8 @@ def comparison(runs: Sequence[Run], keys: Mapping[str, Key]) -> str:
         for name in names:
             marked = " (best)" if run is best and name == "validation loss" else ""
             row.append(Cell(text=FIGURES[name](run) + marked, kind=f"number {kind}".strip()))
-        rows.append([*row, Cell(text=run.reason, kind="reason")] if failing else row)
-    return table("What came out of each run", ["run", "status", *names, *["reason"] * failing], rows)
+        rows.append(row)
+    return table("What came out of each run", ["run", "status", *names], rows)
 
 
 def status(run: Run) -> Cell:
