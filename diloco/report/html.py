@@ -65,4 +65,5 @@ def _cell(cell: Cell, tag: str) -> str:
     scope = ' scope="row"' if tag == "th" else ""
     kind = f' class="{cell.kind}"' if cell.kind else ""
     drawn = "" if cell.key is None else swatch(cell.key)
-    return f"<{tag}{scope}{kind}>{drawn}{escape(cell.text)}</{tag}>"
+    text = escape(cell.text).replace(",", ",<wbr>") if tag == "th" else escape(cell.text)  # labels have no spaces
+    return f"<{tag}{scope}{kind}>{drawn}{text}</{tag}>"
