@@ -162,6 +162,23 @@ def plain(config: RunConfig) -> dict[str, Any]:
     return {"choices": {key: choice_of(key, vars(config)[key]) for key in GROUPS}, **values}
 
 
+def defaults_of_changed(config: RunConfig) -> dict[str, Any]:
+    """The defaults of those keys that differ from them, such as `{"islands": 2, "inner.lr": 0.0004}`.
+
+    The settings of a part are compared with the defaults of its own class.
+    """
+    values, usual = plain(config), plain(RunConfig())
+    chosen, usually_chosen = values.pop("choices"), usual.pop("choices")
+    found = {key: usually_chosen[key] for key in chosen if chosen[key] != usually_chosen[key]}
+    for key, value in values.items():
+        if key in GROUPS or key in SINGLE:
+            own: Any = OmegaConf.to_container(OmegaConf.structured(type(vars(config)[key])), enum_to_str=True)
+            found |= {f"{key}.{name}": own[name] for name in own if value[name] != own[name]}
+        elif value != usual[key]:
+            found[key] = usual[key]
+    return found
+
+
 def to_yaml(config: RunConfig) -> str:
     """`plain(config)` as the text of `config.yaml`."""
     return OmegaConf.to_yaml(OmegaConf.create(plain(config)))

@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.resume": {"diloco.checkpoint", "diloco.config", "diloco.rundir", "diloco.messages"},
     "diloco.summary": {"diloco.runtime.base", "diloco.views", "diloco.messages"},
     "diloco.plan": {"diloco.display", "diloco.messages"},
-    "diloco.report": {"diloco.display", "diloco.rundir"},
+    "diloco.report*": {"diloco.display", "diloco.rundir", "diloco.report*"},
     "diloco.workloads.*": {"diloco.workload", "diloco.workloads*", "diloco.messages", *DATA},
     "diloco.runtime.*": {"diloco.*", "!diloco.train", "!diloco.config", "!diloco.async_*"},
     "diloco.async_.config": {"diloco.config", "diloco.async_*"},
@@ -94,6 +94,7 @@ LIBRARIES = (
     ),
     Library("transformers", ("diloco.workloads.*", *sorted(DATA), "dipaco.features"), inside_functions=True),
     Library("rich", ("diloco.display", "experiments*"), inside_functions=True),
+    Library("matplotlib", ("diloco.report.*",), inside_functions=True),
     Library("wandb", ("diloco.metrics",), inside_functions=True),
 )
 # Records and decisions are tested by events alone, without tensors, processes or a clock.
