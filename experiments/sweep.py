@@ -1,4 +1,7 @@
-"""A sweep: its runs one after the other in one directory, with `sweep.csv` and a table of what came out."""
+"""Several runs one after the other in one directory, with `sweep.csv` and a table of what came out.
+
+They are the combinations of a sweep, or the named members of an experiment.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # in what Ray raises
 
 
 def run_sweep(members: Sequence[Member]) -> int:
-    """Run all members, also after one that fails; an interruption ends the sweep. Returns the exit status."""
+    """Run all members, also after one that fails; an interruption ends it all. Returns the exit status."""
     directory = rundir.new_directory(members[0].config.name)
     directory.mkdir(parents=True)
     rundir.point_latest(directory)
@@ -44,30 +47,35 @@ def run_sweep(members: Sequence[Member]) -> int:
                 return INTERRUPTED
     finally:
         if rows:
-            _show(directory, members[0].varying, rows)
+            _show(directory, columns(members), rows)
     return FINISHED if all(row["status"] == "finished" for row in rows) else FAILED
 
 
 def folder_name(number: int, member: Member, count: int) -> str:
-    """`<number>_<overrides>`, of what the sweep is over, without characters that paths give a meaning."""
+    """`<number>_<overrides>` of what the sweep is over, or the name; no characters that paths give a meaning."""
     digits = len(str(count - 1))
     overrides = "".join(c if c.isalnum() or c in "=,.+-_@" else "-" for c in _label(member, separator=","))
     return f"{number:0{digits}}_{overrides}"[:MOST_CHARACTERS].rstrip("_")
 
 
+def columns(members: Sequence[Member]) -> tuple[str, ...]:
+    """Columns of a row that tell the members apart."""
+    return ("member",) if members[0].name else members[0].varying
+
+
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """All rows under the columns that any of them has; whole or as it was before."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    header = list(dict.fromkeys(column for row in rows for column in row))
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, header)
         writer.writeheader()
         writer.writerows(rows)
     temporary.rename(path)
 
 
 def _label(member: Member, *, separator: str = " ") -> str:
-    return separator.join(f"{key}={member.overrides[key]}" for key in member.varying)
+    return member.name or separator.join(f"{key}={member.overrides[key]}" for key in member.varying)
 
 
 def _run(member: Member, folder: Path) -> tuple[str, str]:
@@ -90,11 +98,8 @@ def _row(member: Member, folder: Path, status: str, reason: str) -> Row:
         summary = json.loads((folder / "summary.json").read_text())
     scalars = {key: value for key, value in summary.items() if not isinstance(value, dict | list)}
     outcome = {"directory": folder.name, "status": status, "reason": " ".join(reason.split())}
-    return {
-        **member.overrides,
-        **outcome,
-        **{k: v for k, v in scalars.items() if k not in {**member.overrides, **outcome}},
-    }
+    given = {**({"member": member.name} if member.name else {}), **member.overrides}
+    return {**given, **outcome, **{k: v for k, v in scalars.items() if k not in {**given, **outcome}}}
 
 
 def _show(directory: Path, varying: Sequence[str], rows: Sequence[Row]) -> None:

@@ -48,11 +48,12 @@ class Scale:
     sequence_length: int = 128  # bytes
     eval_sequences: int = 1024
     max_tokens: int = 0  # of the corpus; 0 = all of it
+    shorter: int = 1  # rounds have 1/shorter of a method's H
 
 
 FULL = Scale()
 QUICK = Scale(  # shows that everything works, and nothing else
-    steps=50, pretrain_steps=2, batch=1, sequence_length=8, eval_sequences=8, max_tokens=100_000
+    steps=5, pretrain_steps=2, batch=1, sequence_length=8, eval_sequences=8, max_tokens=2_000_000, shorter=10
 )
 
 
@@ -94,7 +95,7 @@ class Lab:
         """The whole configuration of a run."""
         scale = self.scale
         steps = scale.steps * method.times_steps
-        inner_steps = method.inner_steps or steps
+        inner_steps = max(method.inner_steps // scale.shorter, 1) if method.inner_steps else steps
         assert steps % inner_steps == 0, f"H={inner_steps} does not divide {steps} steps"
         return RunConfig(
             name="lab",
@@ -217,7 +218,10 @@ def conclude(
     orders: Mapping[str, Order],
     search: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Print table, orders and, as the last line, one JSON object; write what a record needs to `<folder>/<benchmark>`."""
+    """Print table and orders and, as the last line, one JSON object.
+
+    What a record needs goes to `<folder>/<benchmark>`.
+    """
     judged = {name: order.judge(losses) for name, order in orders.items()}
     result = {
         "benchmark": benchmark,
