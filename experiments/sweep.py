@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Row: TypeAlias = dict[str, object]  # a line of sweep.csv
 
 FILE = "sweep.csv"
+FIGURES = ("val loss", "", "perplexity", "tokens", "tokens/s", "sent", "time")  # columns of the table
 MOST_CHARACTERS = 120  # of a member's folder, and of a reason in the table
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # in what Ray raises
 
@@ -120,7 +121,7 @@ def table(varying: Sequence[str], rows: Sequence[Row]) -> Table:
 
     best = min((loss for row in rows if (loss := _number(row, "val_loss")) is not None), default=None)
     shown = Table(box=SIMPLE_HEAD, show_edge=False)
-    for name in ("run", *varying, "status", "val loss", "", "perplexity", "tokens/s", "sent", "time", "reason"):
+    for name in ("run", *varying, "status", *FIGURES, "reason"):
         shown.add_column(name, justify="left" if name in ("", "status", "reason") else "right")
     for number, row in enumerate(rows):
         is_best = best is not None and _number(row, "val_loss") == best
@@ -135,13 +136,16 @@ def table(varying: Sequence[str], rows: Sequence[Row]) -> Table:
 
 
 def _figures(row: Row, is_best: bool) -> list[str]:
-    loss, perplexity, speed = (_number(row, key) for key in ("val_loss", "perplexity", "tokens_per_s"))
+    """What stands under FIGURES."""
+    loss, perplexity = _number(row, "val_loss"), _number(row, "perplexity")
+    tokens, speed = _number(row, "tokens"), _number(row, "tokens_per_s")
     sent = [_number(row, key) for key in ("bytes_up", "bytes_down")]
     wall_s = _number(row, "wall_s")
     return [
         "-" if loss is None else f"{loss:.4f}",
         "* best" if is_best else "",
         "-" if perplexity is None else f"{perplexity:,.1f}",
+        "-" if tokens is None else format_count(tokens),
         "-" if speed is None else format_count(speed),
         "-" if sent[0] is None or sent[1] is None else format_bytes(sent[0] + sent[1]),
         "-" if wall_s is None else format_duration(wall_s),
