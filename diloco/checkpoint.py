@@ -14,8 +14,13 @@ from typing import Any
 
 import fsspec
 import safetensors.torch
+import torch
+from torch.distributed.tensor import DTensor
 
+from diloco import sharded
 from diloco.messages import ModuleKey, Modules, Shape, SourceId, State, Tensors
+from diloco.sharded import Empty
+from diloco.workers import World
 
 MANIFEST = "manifest.json"
 
@@ -142,8 +147,15 @@ def write_modules(folder: str, states: Mapping[ModuleKey, State]) -> dict[str, s
     return {path: _write(f"{folder}/{path}", state) for path, state in _named(states).items()}
 
 
-def write_source(folder: str, source: SourceId, state: State) -> dict[str, str]:
-    """Write one source's state below `folder`. Returns relative path -> SHA-256."""
+def write_source(folder: str, source: SourceId, state: State, world: World | None = None) -> dict[str, str]:
+    """Write one source's state below `folder`. Returns relative path -> SHA-256.
+
+    Where its tensors are spread over the workers of an island, all of them call this, each with its `world`.
+    """
+    if any(isinstance(value, DTensor) for value in state.tensors.values()):
+        assert world is not None
+        files = sharded.write(f"{folder}/sources/{source}", state, world)
+        return {f"sources/{source}/{name}": digest for name, digest in files.items()}
     path = f"sources/{source}/state.safetensors"
     return {path: _write(f"{folder}/{path}", state)}
 
@@ -153,8 +165,13 @@ def read_modules(folder: str, keys: list[ModuleKey]) -> dict[ModuleKey, State]:
     return {key: _read(f"{folder}/{module_path(key)}") for key in keys}
 
 
-def read_source(folder: str, source: SourceId) -> State | None:
-    """The state that `write_source` wrote, or None where that source has none."""
+def read_source(folder: str, source: SourceId, empty: Empty | None = None) -> State | None:
+    """The state that `write_source` wrote, or None where that source has none.
+
+    `empty` gives what to read a tensor of an island of several workers into: by default a full one.
+    """
+    if sharded.exists(f"{folder}/sources/{source}"):
+        return sharded.read(f"{folder}/sources/{source}", empty or _full)
     path = f"{folder}/sources/{source}/state.safetensors"
     fs, plain = fsspec.core.url_to_fs(path)
     return _read(path) if fs.exists(plain) else None
@@ -206,6 +223,10 @@ def check_layout(saved: Mapping[str, Any], modules: Modules, shapes: Mapping[str
             f" {flat_saved.get(first, 'nothing')}, this run {flat_now.get(first, 'nothing')}; use the saved"
             " model, layout and store.shards"
         )
+
+
+def _full(name: str, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
 def _named(states: Mapping[ModuleKey, State]) -> dict[str, State]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from diloco.layout import Layout, Whole
 from diloco.merge import Merge
 from diloco.metrics import Metrics
 from diloco.outer import OuterOptimizer
+from diloco.replica import ReplicaKind
 from diloco.runtime.base import Runtime, Store
 from diloco.runtime.local import Local
 from diloco.runtime.ray_cluster import RayCluster
@@ -45,7 +46,8 @@ class RunConfig:
     experiment: str = ""  # the named experiment that this came from
     seed: int = 0
     islands: int = 2
-    workers: Any = 1  # processes in each island
+    workers: Any = 1  # processes in each island, or a list with one number an island
+    replica: ReplicaKind = ReplicaKind.ddp  # how the workers of an island share the model
     inner_steps: int = 50  # H: inner steps a round
     rounds: int = 10
     segment_steps: int = 10  # a round is cut into tasks of at most so many steps; changes no result. 0 = uncut
@@ -74,12 +76,31 @@ class RunConfig:
         for key, minimum in {**least, "threads_per_worker": 1, "gpus_per_worker": 0}.items():
             if vars(self)[key] < minimum:
                 raise ValueError(f"{key}={vars(self)[key]} is too small; give at least {minimum}")
-        if self.workers != 1:
-            raise ValueError(f"workers={self.workers}: an island has one worker so far; use workers=1 and more islands")
+        self.replica = ReplicaKind(self.replica)  # config.yaml has its name
+        for workers in self.workers_by_island():
+            parts = workers * self.data.accumulation
+            if self.data.batch % parts:
+                raise ValueError(
+                    f"workers={workers} with data.accumulation={self.data.accumulation} do not divide"
+                    f" data.batch={self.data.batch}, an island's sequences a step; use a multiple of {parts}"
+                )
+        if self.replica is ReplicaKind.fsdp2 and isinstance(self.layout, Whole) and not self.layout.patterns:
+            self.layout = replace(self.layout, keep_blocks=True)
         if not isinstance(self.codec_down, codecs.Float32):
             raise ValueError("codec_down: only float32 can be sent down so far; leave codec@codec_down=float32")
         if not self.name or "/" in self.name:
             raise ValueError(f"name={self.name!r} becomes part of a folder's name; use letters, digits, - and _")
+
+    def workers_by_island(self) -> tuple[int, ...]:
+        """How many workers each island has. Raises ValueError where `workers` does not say that."""
+        given = self.workers if isinstance(self.workers, list | tuple) else [self.workers] * self.islands
+        if not all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in given):
+            raise ValueError(f"workers={self.workers}: give a number of at least 1, or a list of them")
+        if len(given) != self.islands:
+            raise ValueError(
+                f"workers={self.workers} has {len(given)} numbers for islands={self.islands}; give one each"
+            )
+        return tuple(given)
 
 
 # group -> choice -> class; what `register` was told
@@ -134,6 +155,7 @@ def plain(config: RunConfig) -> dict[str, Any]:
     values = {f.name: vars(config)[f.name] for f in fields(config)}
     for key in (*GROUPS, *SINGLE):
         values[key] = OmegaConf.to_container(OmegaConf.structured(values[key]), enum_to_str=True)
+    values["replica"] = config.replica.value
     return {"choices": {key: choice_of(key, vars(config)[key]) for key in GROUPS}, **values}
 
 

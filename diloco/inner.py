@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,8 +72,18 @@ class Inner(ABC):
             return torch.bfloat16 if device_type == "cuda" else torch.float32
         return torch.bfloat16 if self.dtype is ComputeDtype.bfloat16 else torch.float32
 
-    def rate_share(self, step: int, total_steps: int) -> float:
+    def rate_share(self, step: int, total_steps: int, fresh_since: int | None = None) -> float:
         """The rate of inner step `step` (0-based) of `total_steps`, as a share of the peak.
+
+        `fresh_since`: the step at which the source had to start with empty optimizer state, if it had to.
+        """
+        share = self._scheduled_share(step, total_steps)
+        if fresh_since is not None and self.fresh_warmup_steps:
+            share *= min((step - fresh_since + 1) / self.fresh_warmup_steps, 1.0)
+        return share
+
+    def _scheduled_share(self, step: int, total_steps: int) -> float:
+        """As the schedule has it.
 
         Linear warm-up to 1 over `warmup_steps`, then as `rate` says; beyond `total_steps` it stays at its end
         (arXiv:2401.09135, Eq. 3, clamps likewise).
@@ -167,6 +178,41 @@ def set_rate(optimizers: list[Optimizer], share: float) -> float:
             group.setdefault("peak_lr", group["lr"])
             group["lr"] = group["peak_lr"] * share
     return float(optimizers[0].param_groups[0]["lr"])
+
+
+def state_of(optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Their state as tensors by `optimizer/parameter/name`, copied to CPU memory, and what else is in it."""
+    tensors: dict[str, Tensor] = {}
+    scalars: list[dict[str, Any]] = []
+    for index, optimizer in enumerate(optimizers):
+        for number, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{index}/{number}/{name}"] = value.cpu().clone()
+                else:
+                    scalars.append({"at": [index, number, name], "value": value})
+    return tensors, scalars
+
+
+def load_state(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], scalars: list[dict[str, Any]]) -> None:
+    """Take back what `state_of` gave."""
+    loaded: list[dict[int, dict[str, Any]]] = [{} for _ in optimizers]
+    for key, value in tensors.items():
+        index, number, name = key.split("/")
+        loaded[int(index)].setdefault(int(number), {})[name] = value
+    for entry in scalars:
+        at, number, name = entry["at"]
+        loaded[at].setdefault(number, {})[name] = entry["value"]
+    for optimizer, states in zip(optimizers, loaded, strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+
+
+def parameter_of(optimizers: Sequence[Optimizer], key: str) -> Tensor:
+    """The parameter that a tensor of `state_of` belongs to, by its key."""
+    index, number, _ = key.split("/")
+    held = [p for group in optimizers[int(index)].param_groups for p in group["params"]]
+    found: Tensor = held[int(number)]
+    return found
 
 
 def _decay_groups(parameters: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, object]]:

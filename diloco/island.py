@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diloco import inner as inners
 from diloco.codec import Codec, Float32
 from diloco.inner import Inner, set_rate
 from diloco.messages import (
@@ -27,8 +27,8 @@ from diloco.messages import (
     Task,
     Tensors,
 )
-from diloco.replica import Single
-from diloco.workload import Batch, Corpus, Workload
+from diloco.replica import Replica
+from diloco.workload import Corpus, Workload, cut
 
 SAMPLE_TOKENS = 80  # of the text shown at a run's end
 
@@ -48,23 +48,24 @@ class Island:
         corpus: Corpus,
         inner: Inner,
         codec: Codec,
-        device: torch.device,
+        replica: Replica,
         accumulation: int,
         seed: int,
         total_steps: int,
     ) -> None:
         self._workload, self._corpus, self._inner, self._codec = workload, corpus, inner, codec
         self._accumulation, self._seed, self._total_steps = accumulation, seed, total_steps
-        self._device, self._dtype = device, inner.compute_dtype(device.type)
+        self.world, self.saves = replica.world, replica.saves
+        self._replica, self._device = replica, replica.world.device
+        self._dtype = inner.compute_dtype(self._device.type)
         self._down = Float32()
-        self._replica = Single(workload.build_model(seed), self._device)
-        self._forward: nn.Module = self._replica.model
+        self._forward: nn.Module = replica.forward
         if inner.compile:
             self._forward = torch.compile(self._forward)  # type: ignore[assignment]
         self._modules: Modules | None = None
         self._source: SourceId | None = None
         self._optimizers = inner.build(self._replica.parameters())
-        self._anchors: Tensors = {}  # CPU float32: what was installed
+        self._anchors: Tensors = {}  # CPU float32: this worker's parts of what was installed
         self._base_versions: dict[SlotName, int] = {}
         self._fresh_since: int | None = None  # step at which empty optimizer state was started with in mid-run
         self._last_end_s: float | None = None
@@ -102,17 +103,22 @@ class Island:
 
     def run(self, task: Task, snapshots: Sequence[Snapshot]) -> tuple[Report, list[Contribution]]:
         """Do one task: the inner loop of DiLoCo (arXiv:2311.08105, Alg. 1 lines 3-9)."""
+        report = self.train(task, snapshots)
+        made = [self.contribution(task, slot) for slot in task.send]  # line 9
+        contributions = [contribution for contribution in made if contribution is not None]
+        return replace(report, bytes_up=sum(c.payload.nbytes for c in contributions)), contributions
+
+    def train(self, task: Task, snapshots: Sequence[Snapshot]) -> Report:
+        """All of a task but its contributions, which who is short of memory takes one by one."""
         start_s = time.perf_counter()
         waiting_s = 0.0 if self._last_end_s is None else start_s - self._last_end_s
         self._become(task.source, task.first_step)
         refused = any(not accepted for _, accepted in task.settled)
         if refused:  # moments that met a number that is not finite never recover
             self._start_fresh(task.first_step)
-        assert all(s.version == task.install[self._slot_of(s.module)] for s in snapshots), "torn versions"
         # Weights that were refused, or were never trained here, are not kept.
-        self.install(
-            snapshots, 0.0 if refused or not self._anchors else task.keep
-        )  # line 4: theta_i <- theta; the anchor is what was installed
+        keep = 0.0 if refused or not self._base_versions else task.keep
+        self.install(snapshots, task.install, keep)  # line 4: theta_i <- theta; the anchor is what was installed
         train_start_s = time.perf_counter()
         losses: list[Tensor] = []
         norms: list[Tensor] = []
@@ -126,7 +132,8 @@ class Island:
         if self._fresh_since == task.first_step and task.steps:
             metrics["inner/fresh_state"] = 1.0
         if losses:
-            metrics["inner/loss"] = float(torch.stack(losses).mean())  # the one point where the device is waited for
+            # The one point where the device, and the island's other workers, are waited for.
+            metrics["inner/loss"] = float(self._replica.total(torch.stack(losses)).mean())
             metrics["inner/grad_norm"] = float(torch.stack(norms).mean())
         seconds = time.perf_counter() - train_start_s
         if task.evaluate is not None:
@@ -136,43 +143,66 @@ class Island:
                     f"{type(self._workload).__name__}.evaluate gave {sorted(found)}; it must give 'loss' too"
                 )
             metrics |= {f"eval/{name}": value for name, value in found.items()}
-        contributions = [self._contribution(task, slot) for slot in task.send]  # line 9
         self._last_end_s = time.perf_counter()
-        report = Report(
+        return Report(
             task=task,
             tokens=tokens,
             seconds=seconds if task.steps else 0.0,
             waiting_s=waiting_s,
-            bytes_up=sum(c.payload.nbytes for c in contributions),
+            bytes_up=0,
             bytes_down=sum(s.payload.nbytes for s in snapshots),
+            bytes_inside=self._replica.bytes_per_step() * task.steps,
             metrics=metrics,
         )
-        return report, contributions
 
-    def install(self, snapshots: Sequence[Snapshot], keep: float = 0.0) -> None:
-        """Write global values into the model, `keep` of its own surviving; the values as installed are the anchor."""
-        for snapshot in snapshots:
-            values = self._down.decode(snapshot.payload)
-            self._replica.write(values, keep)
-            self._anchors |= values
-            self._base_versions[self._slot_of(snapshot.module)] = snapshot.version
+    def contribution(self, task: Task, slot: SlotName) -> Contribution | None:
+        """What the island sends of a slot; None on workers that do not send."""
+        assert self._modules is not None
+        # float32 minus float32, before any cast for the wire (pitfall L11).
+        delta = self._replica.difference(self._anchors, self._modules.slots[slot])
+        contribution = None
+        if self._replica.sends:
+            contribution = Contribution(
+                module=task.modules[slot],
+                source=task.source,
+                island=task.island,
+                round=task.round,
+                base_version=self._base_versions[slot],
+                payload=self._codec.encode(delta),
+                attempt=task.attempt,
+            )
+        self._last_end_s = time.perf_counter()
+        return contribution
+
+    def install(
+        self, snapshots: Sequence[Snapshot], versions: Mapping[SlotName, int] | None = None, keep: float = 0.0
+    ) -> None:
+        """Write global values into the model, `keep` of its own surviving; the values as installed are the anchor.
+
+        `versions` of the slots to install, by default those of `snapshots`, which only the worker that takes them
+        for its island needs to have.
+        """
+        assert self._modules is not None
+        found = {self._modules.slot_of(snapshot.module): snapshot for snapshot in snapshots}
+        for slot, version in (versions or {slot: snapshot.version for slot, snapshot in found.items()}).items():
+            values: Tensors = {}
+            if self._replica.sends:
+                assert found[slot].version == version, "torn versions"
+                values = self._down.decode(found[slot].payload)
+            self._anchors |= self._replica.install(self._modules.slots[slot], values, keep)
+            self._base_versions[slot] = version
 
     def export(self, source: SourceId) -> State:
         """Copies of all that belongs to `source`: optimizer state, local weights, anchors, the workload's own."""
         assert source == self._source or self._source is None
-        names = list(self._replica.parameters())
-        tensors = {f"local/{name}": value.cpu().clone() for name, value in self._replica.read(names).items()}
-        tensors |= {f"anchor/{name}": value.clone() for name, value in self._anchors.items()}
+        parameters = self._replica.parameters()
+        tensors = {f"local/{name}": value.detach().cpu().clone() for name, value in parameters.items()}
+        anchors = {name: self._replica.whole(name, part.clone()) for name, part in self._anchors.items()}
+        tensors |= {f"anchor/{name}": value for name, value in anchors.items()}
         extra = self._workload.state()
         tensors |= {f"workload/{name}": value.cpu().clone() for name, value in extra.tensors.items()}
-        scalars: list[dict[str, Any]] = []
-        for index, optimizer in enumerate(self._optimizers):
-            for number, state in optimizer.state_dict()["state"].items():
-                for name, value in state.items():
-                    if isinstance(value, Tensor):
-                        tensors[f"inner/{index}/{number}/{name}"] = value.cpu().clone()
-                    else:
-                        scalars.append({"at": [index, number, name], "value": value})
+        moments, scalars = inners.state_of(self._optimizers)
+        tensors |= {f"inner/{name}": value for name, value in moments.items()}
         meta = {
             "versions": dict(self._base_versions),
             "scalars": scalars,
@@ -187,28 +217,25 @@ class Island:
         parts: dict[str, Tensors] = {"local": {}, "anchor": {}, "inner": {}, "workload": {}}
         for name, value in state.tensors.items():
             part, _, rest = name.partition("/")
-            parts[part][rest] = value.clone()  # the state stays what it was while this island trains on
-        self._replica.write(parts["local"], keep=0.0)
-        self._anchors = parts["anchor"]
+            # A copy: the state stays what it was while this island trains on.
+            parts[part][rest] = self._replica.taken(self._parameter_of(name), value.clone())
+        parameters = self._replica.parameters()
+        with torch.no_grad():
+            for name, value in parts["local"].items():
+                parameters[name].copy_(value)
+        self._anchors = {name: self._replica.part(value) for name, value in parts["anchor"].items()}
         self._base_versions = {SlotName(slot): version for slot, version in state.meta["versions"].items()}
         self._fresh_since = state.meta["fresh_since"]
         self._workload.load_state(State(tensors=parts["workload"], meta=state.meta["workload"]))
-        loaded: list[dict[int, dict[str, Any]]] = [{} for _ in self._optimizers]
-        for name, value in parts["inner"].items():
-            index, number, key = name.split("/")
-            loaded[int(index)].setdefault(int(number), {})[key] = value
-        for entry in state.meta["scalars"]:
-            index, number, key = entry["at"]
-            loaded[index].setdefault(number, {})[key] = entry["value"]
-        for optimizer, states in zip(self._optimizers, loaded, strict=True):
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        inners.load_state(self._optimizers, parts["inner"], state.meta["scalars"])
+
+    def empty(self, name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """What a tensor of `export`'s is read into: this worker's part where it belongs to a parameter."""
+        return self._replica.empty(self._parameter_of(name), shape, dtype)
 
     def weights_sha256(self) -> str:
         """SHA-256 over the installed float32 values in order of name."""
-        digest = hashlib.sha256()
-        for name in sorted(self._replica.parameters()):
-            digest.update(self._replica.read([name])[name].cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return self._replica.sha256()
 
     def write_model(self, folder: Path) -> None:
         """Export the installed model, as the workload does it."""
@@ -234,60 +261,39 @@ class Island:
         self._optimizers = self._inner.build(self._replica.parameters())
         self._fresh_since = step if step > 0 else None
 
-    def _slot_of(self, module: ModuleKey) -> SlotName:
-        assert self._modules is not None
-        return self._modules.slot_of(module)
+    def _parameter_of(self, name: str) -> str | None:
+        """The parameter that a tensor of `export`'s belongs to."""
+        part, _, rest = name.partition("/")
+        if part == "inner":
+            own = {id(p): n for n, p in self._replica.parameters().items()}
+            return own[id(inners.parameter_of(self._optimizers, rest))]
+        return rest if part in ("local", "anchor") else None
 
     def _inner_step(self, task: Task, step: int) -> tuple[Tensor, Tensor, int, dict[str, float]]:
         """One optimizer step on one batch: (loss, gradient norm, tokens, metrics). Does not wait for the device."""
-        torch.manual_seed(random.Random(f"step/{self._seed}/{task.source}/{step}").getrandbits(63))
+        worker = f"/{self.world.rank}" if self.world.rank else ""
+        torch.manual_seed(random.Random(f"step/{self._seed}/{task.source}/{step}{worker}").getrandbits(63))
         batch = self._workload.batch(self._corpus, task.shard, step)
         tokens = self._workload.tokens(batch)
         total = torch.zeros((), device=self._device)
         metrics: dict[str, float] = {}
-        for part in _micro_batches(batch, self._accumulation):
-            part = {name: value.to(self._device, non_blocking=True) for name, value in part.items()}
-            with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-                loss, metrics = self._workload.loss(self._forward, part)
+        for index, part in enumerate(cut(batch, self._accumulation)):
+            own = cut(part, self.world.size)[self.world.rank]
+            part = {name: value.to(self._device, non_blocking=True) for name, value in own.items()}
             share = self._workload.tokens(part) / tokens
-            (loss * share).backward()  # type: ignore[no-untyped-call]
+            with self._replica.exchange(last=index + 1 == self._accumulation):
+                with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+                    loss, metrics = self._workload.loss(self._forward, part)
+                # The workers' gradients are averaged, where the joint batch's is their sum.
+                (loss * (share * self.world.size)).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() * share
-        parameters = list(self._replica.parameters().values())
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        norm = self._replica.gradient_norm()
         if self._inner.clip:
+            parameters = list(self._replica.parameters().values())
             nn.utils.clip_grads_with_norm_(parameters, self._inner.clip, norm, foreach=True)
-        lr = set_rate(self._optimizers, self._rate_share(step))
+        lr = set_rate(self._optimizers, self._inner.rate_share(step, self._total_steps, self._fresh_since))
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad()
         named = {f"inner/{name}": value for name, value in metrics.items()}
         return total, norm, tokens, {**named, "inner/lr": lr}
-
-    def _rate_share(self, step: int) -> float:
-        share = self._inner.rate_share(step, self._total_steps)
-        if self._fresh_since is not None and self._inner.fresh_warmup_steps:
-            share *= min((step - self._fresh_since + 1) / self._inner.fresh_warmup_steps, 1.0)
-        return share
-
-    def _contribution(self, task: Task, slot: SlotName) -> Contribution:
-        assert self._modules is not None
-        names = self._modules.slots[slot]
-        local = self._replica.read(names)
-        # float32 minus float32, before any cast for the wire (pitfall L11).
-        delta = {name: self._anchors[name].to(self._device) - local[name] for name in names}
-        return Contribution(
-            module=task.modules[slot],
-            source=task.source,
-            island=task.island,
-            round=task.round,
-            base_version=self._base_versions[slot],
-            payload=self._codec.encode(delta),
-            attempt=task.attempt,
-        )
-
-
-def _micro_batches(batch: Batch, parts: int) -> list[Batch]:
-    if parts == 1:
-        return [batch]
-    chunks = {name: value.chunk(parts) for name, value in batch.items()}
-    return [{name: values[i] for name, values in chunks.items()} for i in range(parts)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diloco.messages import ModuleKey, Modules, Shape, SlotName
@@ -36,6 +36,7 @@ class Whole(Layout):
     """
 
     patterns: list[str] = field(default_factory=list)
+    keep_blocks: bool = False  # without patterns: no block of the model is cut; set where replica=fsdp2
 
     def __post_init__(self) -> None:
         for pattern in self.patterns:
@@ -49,7 +50,7 @@ class Whole(Layout):
         if self.patterns:
             names = split(parameters, {f"slot{i}": pattern for i, pattern in enumerate(self.patterns)})
         else:
-            names = _balanced(parameters, min(shards, len(parameters)))
+            names = _balanced(parameters, shards, block_of if self.keep_blocks else str)
         return single_path(names, parameters, shards)
 
 
@@ -112,6 +113,27 @@ def fragments(
     return slots
 
 
+def block_of(name: str) -> str:
+    """The block that a parameter lies in: its name up to the first number; "" outside the blocks."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if number is None else ".".join(parts[: number + 1])
+
+
+def check_blocks(modules: Modules) -> None:
+    """Raise ValueError where the slots cut a block, or what lies outside the blocks: FSDP2 gathers each as one."""
+    slot_of: dict[str, tuple[SlotName, str]] = {}
+    for slot, names in modules.slots.items():
+        for name in names:
+            first_slot, first = slot_of.setdefault(block_of(name), (slot, name))
+            if first_slot != slot:
+                block = block_of(name) or "what lies outside the blocks"
+                raise ValueError(
+                    f"replica=fsdp2 gathers {block} as one, and the layout cuts it: {first} is in slot {first_slot},"
+                    f" {name} in {slot}; let one pattern take both, or use replica=ddp"
+                )
+
+
 def check_partition(slots: Mapping[str, Sequence[str]], parameters: Mapping[str, Shape]) -> None:
     """Raise ValueError unless every parameter is in exactly one slot and no slot is empty."""
     counts = dict.fromkeys(parameters, 0)
@@ -142,12 +164,16 @@ def place(sizes: Mapping[ModuleKey, int], shards: int) -> dict[ModuleKey, int]:
     return {key: placed[key] for key in sizes}
 
 
-def _balanced(parameters: Mapping[str, Shape], num_slots: int) -> dict[str, list[str]]:
-    sizes = {ModuleKey(name): math.prod(shape) for name, shape in parameters.items()}
+def _balanced(parameters: Mapping[str, Shape], num_slots: int, unit_of: Callable[[str], str]) -> dict[str, list[str]]:
+    """At most `num_slots` slots of about the same size; what has the same unit stays together."""
+    sizes: dict[ModuleKey, int] = {}
+    for name, shape in parameters.items():
+        unit = ModuleKey(unit_of(name))
+        sizes[unit] = sizes.get(unit, 0) + math.prod(shape)
     slot_of = place(sizes, num_slots)
     slots: dict[str, list[str]] = {f"whole.{i}": [] for i in range(num_slots)}
     for name in parameters:
-        slots[f"whole.{slot_of[ModuleKey(name)]}"].append(name)
+        slots[f"whole.{slot_of[ModuleKey(unit_of(name))]}"].append(name)
     return {slot: names for slot, names in slots.items() if names}
 
 

@@ -110,6 +110,7 @@ class Report:
     waiting_s: float  # between the end of the previous task and the start of this one
     bytes_up: int
     bytes_down: int
+    bytes_inside: int = 0  # between the workers of the island, by the formula of ring collectives
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -32,6 +32,7 @@ def committed(event: Committed, counters: Counters) -> Log:
         "total/tokens": counters.tokens,
         "total/bytes_up": counters.bytes_up,
         "total/bytes_down": counters.bytes_down,
+        "total/bytes_inside": counters.bytes_inside,
         "total/seconds_waiting": counters.waiting_s,
     }
     return Log(record=record)
@@ -53,6 +54,7 @@ def segment(report: Report) -> Log:
         "seconds": report.seconds,
         "comm/bytes_up": report.bytes_up,
         "comm/bytes_down": report.bytes_down,
+        "comm/bytes_inside": report.bytes_inside,
         "comm/seconds_waiting": report.waiting_s,
     }
     return Log(record=record)

@@ -1,81 +1,213 @@
-"""Replica: a model as named full tensors, read and written by slot. The only file that knows how it is sharded."""
+"""Replica: an island's model, read and written by slot. This file and `fsdp2.py` know how it is spread over workers.
+
+An island of one worker has a `Single`; the workers of a larger one have a `Ddp` or an `Fsdp2` each. What a worker
+holds of a tensor is its *part*: all of it, or with FSDP2 some of its rows. Methods marked *collective* must be called
+by all workers of the island, in the same order.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from enum import Enum
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diloco.messages import Shape, Tensors
+from diloco.workers import World
+
+
+class ReplicaKind(Enum):
+    """How the workers of an island share the model."""
+
+    ddp = "ddp"  # each has all of it
+    fsdp2 = "fsdp2"  # each has a part of every parameter, gradient and moment
 
 
 class Replica(ABC):
-    """One island's copy of the model."""
+    """One worker's copy, or part, of its island's model. Local weights are float32 whatever the dtype of compute."""
 
-    @property
-    @abstractmethod
-    def model(self) -> nn.Module:
-        """What the loss is called with."""
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self.world = world
+        self.model = model  # the model itself; what the loss is called with is `forward`
+        self.forward = model
+        # named_parameters lists a tied tensor once, under its first name.
+        self._parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
-    @abstractmethod
     def parameters(self) -> dict[str, Tensor]:
-        """The trainable parameters as this worker holds them, by canonical name; a tied one under its first name."""
-
-    @abstractmethod
-    def read(self, names: Sequence[str]) -> Tensors:
-        """Full float32 values of these parameters; views where they can be, so read before the next write."""
-
-    @abstractmethod
-    def write(self, values: Tensors, keep: float) -> None:
-        """parameter <- keep * parameter + (1 - keep) * value, in place."""
+        """The trainable parameters as the optimizer holds them, by canonical name."""
+        return dict(self._parameters)
 
     def shapes(self) -> dict[str, Shape]:
         """Name -> full shape of each trainable parameter."""
-        return {name: tuple(value.shape) for name, value in self.parameters().items()}
+        return {name: tuple(value.shape) for name, value in self._parameters.items()}
+
+    @property
+    def sends(self) -> bool:
+        """Whether this worker takes the island's snapshots and sends its contributions."""
+        return self.world.rank == 0
+
+    @property
+    def saves(self) -> bool:
+        """Whether this worker holds something that a checkpoint needs."""
+        return self.sends
+
+    def read(self, names: Sequence[str]) -> Tensors:
+        """Full float32 values of these parameters; where they are views, read before the next write. Collective."""
+        return {name: self._parameters[name].detach() for name in names}
+
+    def sha256(self) -> str:
+        """Digest of the full float32 values in order of name. Collective."""
+        digest = hashlib.sha256()
+        for name in sorted(self._parameters):
+            digest.update(self.read([name])[name].cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @abstractmethod
+    def install(self, names: Sequence[str], values: Tensors, keep: float) -> Tensors:
+        """parameter <- keep * parameter + (1 - keep) * value, in place. Collective.
+
+        `values`: full float32 CPU tensors on the worker that `sends`, ignored on the others. Returns the anchor:
+        the values' parts (float32, CPU) that this worker will need for `difference`.
+        """
+
+    @abstractmethod
+    def difference(self, anchor: Tensors, names: Sequence[str]) -> Tensors:
+        """anchor - parameter, full and in float32, on the worker that `sends`; nothing on the others. Collective.
+
+        The result belongs to the caller. On the CPU its tensors lie one after the other in one buffer.
+        """
+
+    def exchange(self, last: bool) -> AbstractContextManager[None]:
+        """Around a backward pass: gradients are exchanged between the workers only in the `last` one of a step."""
+        return contextlib.nullcontext()
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the joint batch's gradient, over all parameters and workers. Collective."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients, foreach=True)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the workers, on each. Writes `values`. Collective."""
+        if self.world.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def bytes_per_step(self) -> int:
+        """What all workers of the island together send to each other on every inner step, by ring collectives."""
+        return 0
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """A part of parameter `name`, as a tensor that checkpoints know the place of."""
+        return part
+
+    def part(self, value: Tensor) -> Tensor:
+        """What this worker holds of a tensor that `whole` or `empty` made."""
+        return value
+
+    def taken(self, name: str | None, value: Tensor) -> Tensor:
+        """A full tensor, or one that `empty` made, as this worker holds it; of parameter `name`, if one is named."""
+        return value
+
+    def empty(self, name: str | None, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """A CPU tensor to read a checkpoint into; spread over the workers as parameter `name` is, if one is named."""
+        return torch.empty(shape, dtype=dtype)
 
 
 class Single(Replica):
-    """A whole model in one process. Keeps float32 local weights whatever the dtype of compute."""
+    """A whole model in one process."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        _refuse_batch_statistics(model)
-        self._model = model.to(device=device)
-        # named_parameters lists a tied tensor once, under its first name.
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self._parameters:
-            raise ValueError("the model has no trainable parameter; set requires_grad on those to train")
-        wrong = [name for name, p in self._parameters.items() if p.dtype != torch.float32]
-        if wrong:
-            raise ValueError(f"parameter {wrong[0]} is not float32; build_model must give a float32 model")
+    def __init__(self, model: nn.Module, world: World | None = None) -> None:
+        world = world or World()
+        super().__init__(checked(model).to(device=world.device), world)
 
-    @property
-    def model(self) -> nn.Module:
-        """The model itself."""
-        return self._model
+    def install(self, names: Sequence[str], values: Tensors, keep: float) -> Tensors:
+        """The anchor is `values` itself."""
+        mix({name: self._parameters[name] for name in names}, values, keep)
+        return values
 
-    def parameters(self) -> dict[str, Tensor]:
-        """The model's own tensors."""
-        return dict(self._parameters)
-
-    def read(self, names: Sequence[str]) -> Tensors:
-        """Views of the parameters."""
-        return {name: self._parameters[name].detach() for name in names}
-
-    @torch.no_grad()
-    def write(self, values: Tensors, keep: float) -> None:
-        """Copies from any device."""
-        for name, value in values.items():
-            if keep == 0.0:
-                self._parameters[name].copy_(value)
-            elif keep != 1.0:
-                self._parameters[name].mul_(keep).add_(value.to(self._parameters[name].device), alpha=1 - keep)
+    def difference(self, anchor: Tensors, names: Sequence[str]) -> Tensors:
+        """On the model's device."""
+        return _subtract(anchor, {name: self._parameters[name] for name in names})
 
 
-def _refuse_batch_statistics(model: nn.Module) -> None:
+class Ddp(Replica):
+    """A whole model on every worker; torch's DistributedDataParallel averages the gradients."""
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        super().__init__(checked(model).to(device=world.device), world)
+        self._ddp = DistributedDataParallel(
+            self.model,
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
+        self.forward = self._ddp
+
+    def install(self, names: Sequence[str], values: Tensors, keep: float) -> Tensors:
+        """Mixed where the values are, then broadcast: no other worker needs an anchor."""
+        if self.sends:
+            mix({name: self._parameters[name] for name in names}, values, keep)
+        for sent in [dist.broadcast(self._parameters[n].detach(), src=0, async_op=True) for n in names]:
+            sent.wait()
+        return values if self.sends else {}
+
+    def difference(self, anchor: Tensors, names: Sequence[str]) -> Tensors:
+        """All workers have the same weights, so one of them is enough."""
+        return _subtract(anchor, {name: self._parameters[name] for name in names}) if self.sends else {}
+
+    def exchange(self, last: bool) -> AbstractContextManager[None]:
+        """DDP's own switch."""
+        return contextlib.nullcontext() if last else self._ddp.no_sync()
+
+    def bytes_per_step(self) -> int:
+        """One all-reduce of the gradients: 2N(1 - 1/W) for each of W workers."""
+        return 4 * 2 * sum(p.numel() for p in self._parameters.values()) * (self.world.size - 1)
+
+
+@torch.no_grad()
+def mix(parameters: Tensors, values: Tensors, keep: float) -> None:
+    """parameter <- keep * parameter + (1 - keep) * value, in place; `values` on any device."""
+    for name, parameter in parameters.items():
+        if keep == 0.0:
+            parameter.copy_(values[name])
+        elif keep != 1.0:
+            parameter.mul_(keep).add_(values[name].to(parameter.device), alpha=1 - keep)
+
+
+def _subtract(anchor: Tensors, parameters: Tensors) -> Tensors:
+    """anchor - parameter in float32, on the parameters' device, consecutive."""
+    device = next(iter(parameters.values())).device
+    result = consecutive({name: value.shape for name, value in parameters.items()}, device)
+    for name, out in result.items():
+        torch.sub(anchor[name].to(device), parameters[name].detach(), out=out)
+    return result
+
+
+def consecutive(shapes: dict[str, torch.Size], device: torch.device) -> Tensors:
+    """Uninitialised float32 tensors, one after the other in one buffer."""
+    sizes = [shape.numel() for shape in shapes.values()]
+    parts = torch.split(torch.empty(sum(sizes), device=device), sizes)
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def checked(model: nn.Module) -> nn.Module:
+    """The model, if islands can train it. Raises ValueError."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             raise ValueError(
                 f"{name} keeps batch statistics, which islands do not exchange; use LayerNorm, RMSNorm or GroupNorm"
             )
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("the model has no trainable parameter; set requires_grad on those to train")
+    wrong = [name for name, p in trainable.items() if p.dtype != torch.float32]
+    if wrong:
+        raise ValueError(f"parameter {wrong[0]} is not float32; build_model must give a float32 model")
+    return model

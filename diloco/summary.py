@@ -40,6 +40,7 @@ def outcome(counters: Counters, *, islands: int, parameters: int, wall_s: float)
         "perplexity": None if counters.val_loss is None else math.exp(min(counters.val_loss, 700.0)),
         "bytes_up": counters.bytes_up,
         "bytes_down": counters.bytes_down,
+        "bytes_inside": counters.bytes_inside,
         "bytes_data_parallel": bytes_data_parallel(parameters, counters, islands),
         "contributions": {"accepted": counters.accepted, "rejected": counters.rejected, "late": counters.late},
         "islands_lost": counters.islands_lost,

@@ -21,8 +21,10 @@ from diloco.config import RunConfig
 from diloco.coordinator import Coordinator
 from diloco.display import Display
 from diloco.events import Event, Log, Save, Started, Stop
+from diloco.layout import check_blocks
 from diloco.messages import IslandId, Modules, Shape
 from diloco.metrics import MetricsWriter, open_metrics
+from diloco.replica import ReplicaKind
 from diloco.runtime.base import Backend, Final, Job
 from diloco.views import RunView
 from diloco.workload import Corpus
@@ -62,6 +64,8 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
     try:
         shapes = backend.shapes()
         modules = config.layout.build(shapes, job.shards)
+        if config.replica is ReplicaKind.fsdp2:
+            check_blocks(modules)
         if start.manifest is not None:
             ckpt.check_layout(start.manifest["layout"], modules, shapes)
         backend.setup(modules)
@@ -86,7 +90,8 @@ def make_job(config: RunConfig) -> Job:
         outer=config.outer,
         codec=config.codec,
         seed=config.seed,
-        islands=config.islands,
+        workers=config.workers_by_island(),
+        replica=config.replica,
         shards=config.store.shards,
         total_steps=config.rounds * config.inner_steps,
         threads_per_worker=config.threads_per_worker,

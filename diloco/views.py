@@ -115,6 +115,7 @@ class Counters:
     islands_joined: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    bytes_inside: int = 0  # between the workers of islands
     inner_steps: int = 0  # finished, over all islands
     inner_s: float = 0.0  # spent in them
     waiting_s: float = 0.0
@@ -131,6 +132,7 @@ class Counters:
         self.waiting_s += report.waiting_s
         self.bytes_up += report.bytes_up
         self.bytes_down += report.bytes_down
+        self.bytes_inside += report.bytes_inside
 
     def count_evaluation(self, round_: int, loss: float) -> None:
         """The global weights' validation loss after `round_` rounds."""

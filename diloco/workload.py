@@ -84,3 +84,11 @@ class Workload(ABC):
     def load_state(self, state: State) -> None:
         """Take back what `state()` gave."""
         assert not state.tensors and not state.meta, "a workload with state() needs load_state()"
+
+
+def cut(batch: Batch, parts: int) -> list[Batch]:
+    """A batch in so many parts, of consecutive sequences."""
+    if parts == 1:
+        return [batch]
+    chunks = {name: value.chunk(parts) for name, value in batch.items()}
+    return [{name: values[i] for name, values in chunks.items()} for i in range(parts)]

@@ -6,7 +6,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from diloco import checkpoint as ckpt
@@ -50,14 +49,14 @@ def trained(run: Path) -> Trained:
             " use the machine or the cache (data.cache) of the run"
         )
     model = config.workload.build_model(config.seed)
-    replica = Single(model, torch.device("cpu"))
+    replica = Single(model)
     shapes = replica.shapes()
     differing = [name for name, shape in shapes.items() if name not in values or tuple(values[name].shape) != shape]
     if differing:
         raise ValueError(
             f"{run}: {len(differing)} parameter(s) of the model are not what was saved, first {differing[0]}"
         )
-    replica.write({name: values[name] for name in shapes}, keep=0.0)
+    replica.install(list(shapes), values, keep=0.0)
     return Trained(config=config, model=model, corpus=corpus)
 
 

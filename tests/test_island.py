@@ -18,6 +18,7 @@ from diloco.inner import AdamW, Inner, Muon, RateSchedule, Sgd
 from diloco.island import Island
 from diloco.layout import Whole
 from diloco.messages import Contribution, IslandId, ModuleKey, ShardId, Snapshot, SourceId, State, Task, Tensors
+from diloco.replica import Single
 from diloco.workload import Batch, Workload
 from tests.toy import Constant, Line, Perceptron, Remembering, WithBatchNorm
 
@@ -33,7 +34,7 @@ def make_island(
         corpus=workload.corpus(Data(), seed=0, shards=2),
         inner=inner or AdamW(lr=0.01),
         codec=codec or Float32(),
-        device=torch.device("cpu"),
+        replica=Single(workload.build_model(5)),
         accumulation=accumulation,
         seed=5,
         total_steps=TOTAL_STEPS,

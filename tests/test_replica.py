@@ -9,11 +9,9 @@ from torch import nn
 from diloco.replica import Replica, Single
 from tests.toy import Perceptron
 
-CPU = torch.device("cpu")
-
 
 def single(model: nn.Module) -> Replica:
-    return Single(model, CPU)
+    return Single(model)
 
 
 def test_a_tied_tensor_is_one_parameter_under_its_first_name() -> None:
@@ -21,7 +19,7 @@ def test_a_tied_tensor_is_one_parameter_under_its_first_name() -> None:
     replica = single(model)
     assert list(replica.parameters()) == ["first.weight", "first.bias", "last.bias", "norm.weight", "norm.bias"]
     assert replica.shapes()["first.weight"] == (4, 4)
-    replica.write({"first.weight": torch.full((4, 4), 2.0)}, keep=0.0)
+    replica.install(["first.weight"], {"first.weight": torch.full((4, 4), 2.0)}, keep=0.0)
     assert model.last.weight is model.first.weight
     assert model.last.weight.unique().tolist() == [2.0]
 
@@ -72,22 +70,22 @@ def test_read_gives_what_is_there_without_a_graph() -> None:
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(0.0, 9.0), (1.0, 1.0), (0.75, 3.0)])
-def test_write_mixes_in_place(keep: float, expected: float) -> None:
+def test_install_mixes_in_place(keep: float, expected: float) -> None:
     model = nn.Linear(3, 2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
     storage = model.weight.data_ptr()
-    single(model).write({"weight": torch.full((2, 3), 9.0)}, keep=keep)
+    single(model).install(["weight"], {"weight": torch.full((2, 3), 9.0)}, keep=keep)
     assert model.weight.unique().tolist() == [expected]
     assert model.bias.unique().tolist() == [1.0]
     assert model.weight.data_ptr() == storage
     assert model.weight.requires_grad
 
 
-def test_write_does_not_keep_the_values_it_was_given() -> None:
+def test_the_model_does_not_keep_the_values_it_was_given() -> None:
     model = nn.Linear(3, 2)
     given = torch.full((2, 3), 9.0)
-    single(model).write({"weight": given}, keep=0.0)
+    single(model).install(["weight"], {"weight": given}, keep=0.0)
     given.zero_()
     assert model.weight.unique().tolist() == [9.0]

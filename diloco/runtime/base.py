@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import nn
 
 from diloco.codec import Codec
 from diloco.events import CommitAll, Event, Measure, Push, Respawn, Run
+from diloco.fsdp2 import Fsdp2
 from diloco.inner import Inner
 from diloco.island import Island
 from diloco.merge import Merge
 from diloco.messages import ModuleKey, Modules, Shape, SourceId
 from diloco.outer import OuterOptimizer
+from diloco.replica import Ddp, Replica, ReplicaKind, Single
 from diloco.store import ModuleStore
+from diloco.workers import World
 from diloco.workload import Corpus, Workload
 
 if TYPE_CHECKING:
@@ -52,29 +55,41 @@ class Job:
     outer: OuterOptimizer
     codec: Codec
     seed: int
-    islands: int
+    workers: tuple[int, ...]  # of each island
+    replica: ReplicaKind
     shards: int
     total_steps: int
     threads_per_worker: int
     gpus_per_worker: float
     imports: tuple[str, ...]
 
+    @property
+    def islands(self) -> int:
+        """How many there are."""
+        return len(self.workers)
+
     def corpus(self) -> Corpus:
         """The prepared corpus, from the cache of this machine where it is there."""
         return self.workload.corpus(self.data, seed=self.seed, shards=self.islands)
 
-    def make_island(self, corpus: Corpus, *, gpus: float) -> Island:
-        """An island, or the evaluator."""
+    def make_island(self, corpus: Corpus, world: World) -> Island:
+        """An island, or the evaluator; where it has several workers, what one of them holds."""
+        workload = copy.deepcopy(self.workload)  # it may keep state of its source
         return Island(
-            workload=copy.deepcopy(self.workload),  # it may keep state of its source
+            workload=workload,
             corpus=corpus,
             inner=self.inner,
             codec=self.codec,
-            device=torch.device("cuda" if gpus > 0 else "cpu"),
+            replica=self._make_replica(workload.build_model(self.seed), world),
             accumulation=self.data.accumulation,
             seed=self.seed,
             total_steps=self.total_steps,
         )
+
+    def _make_replica(self, model: nn.Module, world: World) -> Replica:
+        if world.size == 1:  # has all of the model whatever the kind
+            return Single(model, world)
+        return Ddp(model, world) if self.replica is ReplicaKind.ddp else Fsdp2(model, world)
 
     def make_store(self) -> ModuleStore:
         """One shard of the store, empty."""

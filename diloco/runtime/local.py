@@ -29,11 +29,12 @@ from diloco.events import (
 from diloco.island import Island
 from diloco.messages import EVALUATOR, Contribution, IslandId, ModuleKey, Modules, Shape, SourceId, State, Task
 from diloco.runtime.base import Backend, Final, Job, Runtime, placed
+from diloco.workers import World
 
 
 @dataclass(kw_only=True)
 class Local(Runtime):
-    """One process. Islands take turns in the order of a virtual clock."""
+    """One process. Islands take turns in the order of a virtual clock; each does the joint batch of its workers."""
 
     seconds_per_step: list[float] = field(default_factory=list)  # virtual, one number an island; empty = 1 for all
 
@@ -178,7 +179,8 @@ class LocalBackend(Backend):
         torch.set_num_threads(self._threads_before)
 
     def _make_island(self) -> Island:
-        return self._job.make_island(self._corpus, gpus=self._job.gpus_per_worker)
+        device = torch.device("cuda" if self._job.gpus_per_worker > 0 else "cpu")
+        return self._job.make_island(self._corpus, World(device=device))
 
     def _run(self, task: Task, wants: Mapping[ModuleKey, int | None]) -> None:
         snapshots = []

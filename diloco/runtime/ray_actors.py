@@ -6,15 +6,16 @@ Methods of the group `io` run in a thread of their own, so that checkpoints are 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diloco import checkpoint as ckpt
+from diloco import workers
 from diloco.messages import (
     EVALUATOR,
     Commit,
@@ -24,6 +25,7 @@ from diloco.messages import (
     ModuleKey,
     Modules,
     Shape,
+    SlotName,
     Snapshot,
     SourceId,
     State,
@@ -33,17 +35,36 @@ from diloco.messages import (
 from diloco.runtime.base import Job
 
 
-class IslandShell:
-    """One island, or the evaluator."""
+class WorkerShell:
+    """One worker of an island, or the evaluator. All workers of an island are asked the same, in the same order."""
 
-    def __init__(self, job: Job, island: IslandId) -> None:
-        self._job, self._gpus = job, job.gpus_per_worker if island != EVALUATOR else 0.0
+    def __init__(self, job: Job, island: IslandId, rank: int) -> None:
+        self._job, self._rank = job, rank
+        self._size = 1 if island == EVALUATOR else job.workers[island]
+        self._gpus = 0.0 if island == EVALUATOR else job.gpus_per_worker
         self._frozen: dict[SourceId, State] = {}
 
-    def build(self) -> dict[str, Shape]:
+    def meet(self) -> str:
+        """Open the place where the workers of this island meet; rank 0 only."""
+        host = _host()
+        self._store = workers.meet(host)
+        return f"{host}:{self._store.port}"
+
+    def build(self, meeting: str) -> dict[str, Shape]:
         """Make the island; returns the model's trainable parameters. Not in `__init__`, whose errors Ray rewords."""
         _prepare(self._job)
-        self._island = self._job.make_island(self._job.corpus(), gpus=self._gpus)
+        device = torch.device("cuda", 0) if self._gpus > 0 else torch.device("cpu")
+        world = workers.World(device=device)
+        if self._size > 1:
+            world = workers.join(
+                self._store if self._rank == 0 else meeting,
+                host=_host(),
+                rank=self._rank,
+                size=self._size,
+                device=device,
+                shared=self._gpus < 1,
+            )
+        self._island = self._job.make_island(self._job.corpus(), world)
         return self._island.shapes()
 
     def setup(self, modules: Modules) -> str:
@@ -59,26 +80,44 @@ class IslandShell:
 
     def load(self, checkpoint: str, source: SourceId) -> bool:
         """Become a source of a checkpoint; whether it has that source."""
-        state = ckpt.read_source(checkpoint, source)
+        state = ckpt.read_source(checkpoint, source, self._island.empty)
         if state is not None:
             self._island.load(source, state)
             self._frozen[source] = state  # it may have no more to do before the next checkpoint
         return state is not None
 
-    def run(self, task: Task, snapshots: Sequence[Any], groups: Sequence[Sequence[ModuleKey]]) -> Any:
-        """The report, then one list of contributions for each group of modules (a shard of the store)."""
-        # One fetch after the other, in the order given: at once they would get in each other's way on slow links.
-        pulled = [snapshot for ref in snapshots for snapshot in ray.get(ref)]
-        report, contributions = self._island.run(task, pulled)
-        if task.save:
-            self._frozen[task.source] = self._island.export(task.source)
-        parts = [[c for c in contributions if c.module in keys] for keys in groups]
-        return (report, *parts) if parts else report
+    def run(self, task: Task, snapshots: Sequence[Any], groups: Sequence[Sequence[SlotName]]) -> Iterator[Any]:
+        """One list of contributions for each group of slots (a shard of the store), then the report.
+
+        Contributions are handed over one by one, so that no more than one is in this process's own memory.
+        """
+        try:
+            # One fetch after the other, in the order given: at once they would get in each other's way on slow links.
+            pulled = [snapshot for ref in snapshots for snapshot in ray.get(ref)]
+            report = self._island.train(task, pulled)
+            if task.save:
+                self._frozen[task.source] = self._island.export(task.source)
+            for slots in groups:
+                made = [self._island.contribution(task, slot) for slot in slots]
+                sent = [contribution for contribution in made if contribution is not None]
+                report = replace(report, bytes_up=report.bytes_up + sum(c.payload.nbytes for c in sent))
+                yield sent
+                del made, sent
+            yield report
+        except Exception:
+            workers.leave()  # or the island's other workers would wait for this one
+            raise
+
+    @ray.method(concurrency_group="io")
+    def alive(self) -> bool:
+        """Answers from the thread for `io`, so also while this worker waits for another."""
+        return True
 
     @ray.method(concurrency_group="io")
     def write(self, folder: str, source: SourceId) -> dict[str, str]:
         """Write what the last task with `save` left of this source."""
-        return ckpt.write_source(folder, source, self._frozen.pop(source))
+        state = self._frozen.pop(source)
+        return ckpt.write_source(folder, source, state, self._island.world) if self._island.saves else {}
 
     def finish(self, snapshots: Sequence[Any], folder: str | None, prompt: str) -> tuple[int, str, str]:
         """Install the final weights; export and sample where there is a folder: (parameters, SHA-256, sample)."""
@@ -135,6 +174,10 @@ class ShardShell:
         return self._store.outer_digests()
 
 
+def _host() -> str:
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
 def _prepare(job: Job) -> None:
     torch.set_num_threads(job.threads_per_worker)
     for module in job.imports:  # registers the user's own parts here too
@@ -142,17 +185,8 @@ def _prepare(job: Job) -> None:
 
 
 _actor: Any = ray.remote  # Ray's types know nothing of concurrency groups
-_IslandActor: Any = _actor(concurrency_groups={"io": 1})(IslandShell)
+WorkerActor: Any = _actor(concurrency_groups={"io": 1})(WorkerShell)
 _ShardActor: Any = _actor(concurrency_groups={"io": 1})(ShardShell)
-
-
-def spawn_island(job: Job, island: IslandId) -> Any:
-    """A handle of a new island, or evaluator, somewhere in the cluster."""
-    if island == EVALUATOR:  # exports to the run's directory, so it lives where the driver does
-        home = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        return _IslandActor.options(num_cpus=0, scheduling_strategy=home).remote(job, island)
-    cpus, gpus = job.threads_per_worker, job.gpus_per_worker
-    return _IslandActor.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD").remote(job, island)
 
 
 def spawn_shard(job: Job) -> Any:

@@ -32,11 +32,14 @@ from diloco.events import (
     Saved,
     Tick,
 )
-from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SourceId, Task
+from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SlotName, SourceId, Task
 from diloco.runtime.base import Backend, Final, Job, Runtime, placed
-from diloco.runtime.ray_actors import spawn_island, spawn_shard
-from diloco.runtime.ray_refs import Pending, Ref, died, get, raise_errors, short
+from diloco.runtime.ray_actors import spawn_shard
+from diloco.runtime.ray_island import RayIsland
+from diloco.runtime.ray_refs import Pending, Ref, died, get, get_all, raise_errors, short
 from diloco.runtime.ray_start import connect
+
+MAX_FAILED_STARTS = 3
 
 
 @dataclass(kw_only=True)
@@ -59,17 +62,13 @@ class RayCluster(Runtime):
         return RayBackend(job, tick_s=self.tick_s, shut_down=ours)
 
 
-MAX_FAILED_STARTS = 3
-
-
 class RayBackend(Backend):
     """The driver's side: references in, events out."""
 
     def __init__(self, job: Job, *, tick_s: float, shut_down: bool) -> None:
         self._job, self._tick_s, self._shut_down = job, tick_s, shut_down
         self._start_s = time.monotonic()
-        self._islands: dict[IslandId, Any] = {}
-        self._built: dict[IslandId, Ref] = {}
+        self._islands: dict[IslandId, RayIsland] = {}
         self._shards: list[Any] = []
         self._nodes: dict[IslandId, str] = {}
         self._pending = Pending()
@@ -86,24 +85,21 @@ class RayBackend(Backend):
     def shapes(self) -> dict[str, Shape]:
         """Starts all actors at once, so that their imports overlap; waits for the evaluator."""
         for index in [EVALUATOR, *range(self._job.islands)]:
-            self._islands[IslandId(index)] = actor = spawn_island(self._job, IslandId(index))
-            self._built[IslandId(index)] = actor.build.remote()
+            self._islands[IslandId(index)] = RayIsland(self._job, IslandId(index))
         self._shards = [spawn_shard(self._job) for _ in range(self._job.shards)]
-        found: dict[str, Shape] = get(self._built[EVALUATOR])
-        return found
+        return dict(get(self._islands[EVALUATOR].built[0]))
 
     def setup(self, modules: Modules) -> None:
         """Tells all islands, and waits until they are ready."""
         self._modules = modules
-        get(list(self._built.values()))
-        refs = {island: actor.setup.remote(modules) for island, actor in self._islands.items()}
-        self._nodes = {island: get(ref) for island, ref in refs.items()}
+        get_all({f"island {i}": island.built for i, island in self._islands.items() if i != EVALUATOR})
+        answers = {island: handle.setup(modules) for island, handle in self._islands.items()}
+        self._nodes = {island: get(refs)[0] for island, refs in answers.items()}
 
     def fill(self, init_from: str) -> None:
         """The evaluator's weights go to the shards directly."""
         groups = [placed(self._modules, index) for index in range(len(self._shards))]
-        initial = self._islands[EVALUATOR].initial.options(num_returns=len(groups)).remote(groups, init_from)
-        parts = initial if len(groups) > 1 else [initial]
+        parts = self._islands[EVALUATOR].initial(groups, init_from)
         get([shard.fill.remote(part) for shard, part in zip(self._shards, parts, strict=True)])
 
     def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
@@ -112,7 +108,7 @@ class RayBackend(Backend):
         refs = [shard.load.remote(checkpoint, placed(self._modules, index)) for index, shard in enumerate(self._shards)]
         get(refs)
         holders = {source: IslandId(island) for source, island in sources.items()}
-        loaded = get([self._islands[island].load.remote(checkpoint, source) for source, island in holders.items()])
+        loaded = [get(self._islands[island].load(checkpoint, source))[0] for source, island in holders.items()]
         self._exported = {source: holders[source] for source, there in zip(holders, loaded, strict=True) if there}
 
     # --- commands ---
@@ -154,7 +150,9 @@ class RayBackend(Backend):
             return done([], failure)
         temporary = folder.temporary(name)
         refs = [shard.write.remote(temporary, name, shard.freeze.remote(name)) for shard in self._shards]
-        refs += [self._islands[island].write.remote(temporary, source) for source, island in self._exported.items()]
+        refs += [
+            ref for source, island in self._exported.items() for ref in self._islands[island].write(temporary, source)
+        ]
         self._exported.clear()
         self._pending.add(refs, done)
 
@@ -184,7 +182,7 @@ class RayBackend(Backend):
     def finish(self, folder: str | None, prompt: str) -> Final:
         """On the evaluator; only digests and the sample come back."""
         snapshots = [shard.pull.remote(dict.fromkeys(placed(self._modules, i))) for i, shard in enumerate(self._shards)]
-        parameters, digest, sample = get(self._islands[EVALUATOR].finish.remote(snapshots, folder, prompt))
+        parameters, digest, sample = get(self._islands[EVALUATOR].finish(snapshots, folder, prompt))
         digests = get([shard.outer_digests.remote() for shard in self._shards])
         return Final(
             parameters=parameters,
@@ -196,8 +194,10 @@ class RayBackend(Backend):
     def close(self) -> None:
         """Ends the actors; a Ray that was started or connected to here ends with them."""
         self._pending.clear()
-        for actor in [*self._islands.values(), *self._shards]:
-            ray.kill(actor)
+        for handle in self._islands.values():
+            handle.kill()
+        for shard in self._shards:
+            ray.kill(shard)
         if self._shut_down:
             ray.shutdown()
 
@@ -211,33 +211,32 @@ class RayBackend(Backend):
         # Ring order: each island begins with another shard, so that no link carries all at once.
         order = sorted(by_shard, key=lambda shard: (shard - task.island - 1) % len(self._shards))
         snapshots = [self._pull(shard, by_shard[shard], self._nodes[task.island]) for shard in order]
-        groups = [[task.modules[s] for s in task.send if self._modules.shards[task.modules[s]] == n] for n in shards]
-        self._submit(task, snapshots, dict(zip(shards, groups, strict=True)))
+        groups = {n: [s for s in task.send if self._modules.shards[task.modules[s]] == n] for n in shards}
+        self._submit(task, snapshots, groups)
 
-    def _submit(self, task: Task, snapshots: list[Ref], groups: dict[int, list[ModuleKey]]) -> None:
-        actor = self._islands[task.island]
-        answers = actor.run.options(num_returns=1 + len(groups)).remote(task, snapshots, list(groups.values()))
-        report, *contributions = answers if groups else [answers]
+    def _submit(self, task: Task, snapshots: list[Ref], groups: dict[int, list[SlotName]]) -> None:
+        island = self._islands[task.island]
+        reports, contributions = island.run(task, snapshots, list(groups.values()))
         if groups:
             self._sent[task.source, task.round] = list(zip(groups, contributions, strict=True))
         if task.save:
             self._exported[task.source] = task.island
 
-        def done(reports: list[Any], error: RayError | None) -> None:
-            if error is not None and not died(error):
+        def done(answers: list[Any], error: RayError | None) -> None:
+            if error is not None and not island.broken(error):
                 raise error
             if task.island == EVALUATOR and error is not None:
-                if self._islands[EVALUATOR] is actor:
+                if self._islands[EVALUATOR] is island:
                     self._revive(EVALUATOR)
                 self._submit(task, snapshots, groups)
-            elif self._islands[task.island] is actor:  # else it was replaced, and its work given out again
+            elif self._islands[task.island] is island:  # else it was replaced, and its work given out again
                 now_s = self.now_s()
                 if error is None:
                     self._revived.pop(task.island, None)
                 lost = None if error is None else Lost(now_s=now_s, island=task.island, reason=short(error))
-                self._events.append(lost or Finished(now_s=now_s, report=reports[0]))
+                self._events.append(lost or Finished(now_s=now_s, report=answers[0]))
 
-        self._pending.add([report], done)
+        self._pending.add(reports, done, at_first_error=True)
 
     def _pull(self, shard: int, wants: dict[ModuleKey, int | None], node: str) -> Ref:
         """One object for all receivers on a node; it holds what the shard has after the commits asked for so far."""
@@ -280,17 +279,18 @@ class RayBackend(Backend):
         if self._revived[island] > MAX_FAILED_STARTS:
             raise RuntimeError(f"island {island} died {MAX_FAILED_STARTS} times without finishing a task")
         self._exported = {source: holder for source, holder in self._exported.items() if holder != island}
-        actor = self._islands[island] = spawn_island(self._job, island)
-        built = actor.build.remote()
-        return [actor.setup.remote(self._modules), built]
+        self._islands[island].kill()  # what is left of it
+        revived = self._islands[island] = RayIsland(self._job, island)
+        return [*revived.setup(self._modules), *revived.built]
 
     def _respawn(self, island: IslandId) -> None:
         ready = self._revive(island)
+        revived = self._islands[island]
         if self._checkpoint:
-            ready.append(self._islands[island].load.remote(self._checkpoint, SourceId(island)))
+            ready += self._islands[island].load(self._checkpoint, SourceId(island))
 
         def done(answers: list[Any], error: RayError | None) -> None:
-            if error is not None and not died(error):
+            if error is not None and not revived.broken(error):
                 raise error
             if error is not None:
                 return self._respawn(island)

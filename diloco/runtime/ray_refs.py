@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,12 +14,15 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 Ref: TypeAlias = Any  # ray.ObjectRef, whose parameter says nothing here
 Then: TypeAlias = Callable[[list[Any], RayError | None], None]
 
+SAY_EVERY_S = 20.0
+
 
 @dataclass(kw_only=True)
 class _Gather:
     answers: list[Any]
     waiting: int
     then: Then
+    at_first_error: bool
     error: RayError | None = None
 
 
@@ -28,9 +32,12 @@ class Pending:
     def __init__(self) -> None:
         self._gathers: dict[Ref, tuple[_Gather, int]] = {}
 
-    def add(self, refs: Sequence[Ref], then: Then) -> None:
-        """When all are answered, call `then(answers, None)`, or `then([], error)` with the first failure."""
-        gather = _Gather(answers=[None] * len(refs), waiting=len(refs), then=then)
+    def add(self, refs: Sequence[Ref], then: Then, *, at_first_error: bool = False) -> None:
+        """When all are answered, call `then(answers, None)`, or `then([], error)` with the first failure.
+
+        `at_first_error`: do not wait for the other answers then, which may never come.
+        """
+        gather = _Gather(answers=[None] * len(refs), waiting=len(refs), then=then, at_first_error=at_first_error)
         for index, ref in enumerate(refs):
             self._gathers[ref] = (gather, index)
 
@@ -49,6 +56,9 @@ class Pending:
         except RayError as error:
             gather.error = gather.error or error
         gather.waiting -= 1
+        if gather.error is not None and gather.at_first_error:
+            self._gathers = {ref: entry for ref, entry in self._gathers.items() if entry[0] is not gather}
+            gather.waiting = 0
         if gather.waiting == 0:
             gather.then(gather.answers if gather.error is None else [], gather.error)
         return True
@@ -64,6 +74,24 @@ def get(refs: Any) -> Any:
         return ray.get(refs)
     except RayTaskError as error:
         raise cause(error) from None
+
+
+def get_all(refs: Mapping[str, Sequence[Ref]]) -> None:
+    """Wait for what these names stand for, raising what an actor raised; say for whom every now and then."""
+    start_s = time.monotonic()
+    waiting = {ref: name for name, answers in refs.items() for ref in answers}
+    while waiting:
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=SAY_EVERY_S)
+        for ref in ready:
+            get(ref)
+            del waiting[ref]
+        if not ready:
+            names = list(dict.fromkeys(waiting.values()))
+            seconds = time.monotonic() - start_s
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            print(
+                f"waiting since {seconds:.0f} s for {', '.join(names[:5])}{more} to start", file=sys.stderr, flush=True
+            )
 
 
 def cause(error: Exception) -> Exception:

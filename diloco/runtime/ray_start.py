@@ -49,7 +49,7 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves islands beside any other busy process
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, job.islands * job.threads_per_worker),
+        num_cpus=max(os.cpu_count() or 1, sum(job.workers) * job.threads_per_worker),
         object_store_memory=object_store_bytes,
         include_dashboard=False,
         log_to_driver=False,
@@ -60,49 +60,59 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
 
 
 def _check_machine(job: Job) -> None:
-    processes = job.islands + job.shards + 1
+    workers = sum(job.workers)
+    others = job.shards + 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if processes * PROCESS_BYTES > memory:
-        fits = max(memory // PROCESS_BYTES - job.shards - 1, 0)
+    if (workers + others) * PROCESS_BYTES > memory:
+        fits = max(memory // PROCESS_BYTES - others, 0)
         raise ValueError(
-            f"islands={job.islands} needs {processes} processes of about {PROCESS_BYTES >> 20} MiB, and this machine"
-            f" has {memory >> 20} MiB of memory; use islands={fits} or fewer, or a cluster (RAY_ADDRESS)"
+            f"{_asked(job)} needs {workers + others} processes of about {PROCESS_BYTES >> 20} MiB, and this machine"
+            f" has {memory >> 20} MiB of memory; use {fits} workers or fewer in all, or a cluster (RAY_ADDRESS)"
         )
     gpus = torch.cuda.device_count()
-    if job.islands * job.gpus_per_worker > gpus:
+    if workers * job.gpus_per_worker > gpus:
         raise ValueError(
-            f"islands={job.islands} with gpus_per_worker={job.gpus_per_worker:g} need"
-            f" {job.islands * job.gpus_per_worker:g} GPUs, and this machine has {gpus}; lower one of them"
+            f"{_asked(job)} with gpus_per_worker={job.gpus_per_worker:g} need"
+            f" {workers * job.gpus_per_worker:g} GPUs, and this machine has {gpus}; lower one of them"
         )
-    cores, wanted = os.cpu_count() or 1, job.islands * job.threads_per_worker
+    cores, wanted = os.cpu_count() or 1, workers * job.threads_per_worker
     if wanted > cores:
-        print(f"{job.islands} islands share {cores} cores, where {wanted} would be used", file=sys.stderr)
+        print(f"{workers} workers share {cores} cores, where {wanted} would be used", file=sys.stderr)
 
 
 def _check_cluster(job: Job) -> None:
+    workers = sum(job.workers)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    fits = sum(int(node.get("CPU", 0.0) // job.threads_per_worker) for node in nodes)
-    if fits < job.islands:
-        raise ValueError(
-            f"islands={job.islands} with {job.threads_per_worker} thread(s) each: the {len(nodes)} node(s) of the"
-            f" cluster have CPUs for {fits}; use fewer islands or start more nodes"
-        )
-    wanted = {"CPU": job.islands * job.threads_per_worker, "GPU": job.islands * job.gpus_per_worker}
+    for name, each in {"CPU": float(job.threads_per_worker), "GPU": job.gpus_per_worker}.items():
+        fits = sum(int(node.get(name, 0.0) // each) for node in nodes) if each else workers
+        if fits < workers:
+            raise ValueError(
+                f"{_asked(job)} with {each:g} {name} each: the {len(nodes)} node(s) of the"
+                f" cluster have {name}s for {fits}; use fewer or start more nodes"
+            )
+    wanted = {"CPU": workers * job.threads_per_worker, "GPU": workers * job.gpus_per_worker}
     deadline_s = time.monotonic() + PLACEMENT_WAIT_S
     while True:
         free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         short = [name for name, amount in wanted.items() if amount > free.get(name, 0.0)]
         if not short:
             return
-        if any(wanted[name] > there.get(name, 0.0) for name in short) or time.monotonic() > deadline_s:
+        if time.monotonic() > deadline_s:
             break
         time.sleep(0.5)
-    name = short[0]
+    name, there = short[0], ray.cluster_resources()  # type: ignore[no-untyped-call]
     raise ValueError(
-        f"islands={job.islands} needs {wanted[name]:g} {name}; the cluster has {there.get(name, 0.0):g}, of which"
-        f" {free.get(name, 0.0):g} free; use fewer islands, start more nodes, or end what runs there"
+        f"{_asked(job)} needs {wanted[name]:g} {name}; the cluster has {there.get(name, 0.0):g}, of which"
+        f" {free.get(name, 0.0):g} free; use fewer, start more nodes, or end what runs there"
     )
+
+
+def _asked(job: Job) -> str:
+    """What the user gave, in the words of the command line."""
+    if set(job.workers) == {1}:
+        return f"islands={job.islands}"
+    given = str(job.workers[0]) if len(set(job.workers)) == 1 else str(list(job.workers)).replace(" ", "")
+    return f"islands={job.islands} workers={given}"
 
 
 def _modules(names: tuple[str, ...]) -> list[ModuleType]:

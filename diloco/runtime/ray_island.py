@@ -1,0 +1,99 @@
+"""The driver's handle of one island: its workers as Ray actors, placed, asked and ended together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, SlotName, SourceId, Task
+from diloco.runtime.base import Job
+from diloco.runtime.ray_actors import WorkerActor
+from diloco.runtime.ray_refs import Ref, died
+
+PING_S = 10.0  # how long a worker may take to say that it lives
+
+
+class RayIsland:
+    """All workers get the same tasks; rank 0 alone takes snapshots and sends. One that dies takes the others along."""
+
+    def __init__(self, job: Job, island: IslandId) -> None:
+        self._group: Any = None
+        size = 1 if island == EVALUATOR else job.workers[island]
+        needs = {"CPU": float(job.threads_per_worker), "GPU": job.gpus_per_worker}
+        if island == EVALUATOR:  # exports to the run's directory, so it lives where the driver does
+            needs = {"CPU": 0.0, "GPU": 0.0}
+            strategies: list[Any] = [NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)]
+        elif size == 1:
+            strategies = ["SPREAD"]
+        else:  # on one node if one has room, since workers talk on every step
+            bundle = {name: amount for name, amount in needs.items() if amount > 0}
+            self._group = placement_group([bundle] * size, strategy="PACK")
+            strategies = [PlacementGroupSchedulingStrategy(self._group, rank) for rank in range(size)]
+        self._workers = [
+            WorkerActor.options(num_cpus=needs["CPU"], num_gpus=needs["GPU"], scheduling_strategy=strategy).remote(
+                job, island, rank
+            )
+            for rank, strategy in enumerate(strategies)
+        ]
+        meeting = self._workers[0].meet.remote() if size > 1 else ""
+        self.built: list[Ref] = [worker.build.remote(meeting) for worker in self._workers]
+
+    def setup(self, modules: Modules) -> list[Ref]:
+        """The first answers with the node of the worker that sends."""
+        return [worker.setup.remote(modules) for worker in self._workers]
+
+    def initial(self, groups: Sequence[Sequence[ModuleKey]], init_from: str) -> list[Ref]:
+        """Version 0 of these modules, an answer for each group."""
+        refs = self._workers[0].initial.options(num_returns=len(groups)).remote(groups, init_from)
+        return refs if len(groups) > 1 else [refs]
+
+    def load(self, checkpoint: str, source: SourceId) -> list[Ref]:
+        """Each answers whether the checkpoint has that source."""
+        return [worker.load.remote(checkpoint, source) for worker in self._workers]
+
+    def run(
+        self, task: Task, snapshots: Sequence[Ref], groups: Sequence[Sequence[SlotName]]
+    ) -> tuple[list[Ref], list[Ref]]:
+        """The reports, of which the first counts; and the contributions of each group of slots."""
+        reports: list[Ref] = []
+        contributions: list[Ref] = []
+        for rank, worker in enumerate(self._workers):
+            answers = worker.run.options(num_returns=1 + len(groups)).remote(
+                task, snapshots if rank == 0 else [], groups
+            )
+            *made, report = answers if groups else [answers]
+            reports.append(report)
+            contributions += made if rank == 0 else []
+        return reports, contributions
+
+    def write(self, folder: str, source: SourceId) -> list[Ref]:
+        """Each answers with the files that it wrote."""
+        return [worker.write.remote(folder, source) for worker in self._workers]
+
+    def finish(self, snapshots: Sequence[Ref], folder: str | None, prompt: str) -> Ref:
+        """On the evaluator."""
+        return self._workers[0].finish.remote(snapshots, folder, prompt)
+
+    def broken(self, error: RayError) -> bool:
+        """Whether `error` says, or follows from it, that a worker is gone: those left see their connection end."""
+        if died(error) or len(self._workers) == 1:
+            return died(error)
+        pings = [worker.alive.remote() for worker in self._workers]
+        for ping in ray.wait(pings, num_returns=len(pings), timeout=PING_S)[0]:
+            try:
+                ray.get(ping)
+            except RayError:
+                return True
+        return False
+
+    def kill(self) -> None:
+        """End all workers, and free their places."""
+        for worker in self._workers:
+            ray.kill(worker)
+        if self._group is not None:
+            remove_placement_group(self._group)

@@ -1,0 +1,85 @@
+"""Sources whose tensors are spread over the workers of an island, in checkpoints: torch.distributed.checkpoint.
+
+Each worker writes its own rows as safetensors, without pickle; they are read back for any number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from diloco.messages import Shape, State
+from diloco.workers import World
+
+META = "state.json"  # what in the state is no tensor
+Empty = Callable[[str, Shape, torch.dtype], Tensor]  # name, shape, dtype -> what to read a tensor into
+
+
+def write(folder: str, state: State, world: World) -> dict[str, str]:
+    """Write this worker's part of a state; all workers of the island call it. Returns file name -> SHA-256."""
+    with _local(folder, upload=True) as local:
+        storage = HuggingFaceStorageWriter(str(local), save_distributed=True)
+        save(dict(state.tensors), storage_writer=storage, process_group=world.checkpoints)
+        if world.rank == 0:
+            (local / META).write_text(json.dumps(state.meta))
+        mine = [local / META] if world.rank == 0 else []
+        mine += local.glob(f"shard-{world.rank + 1:05d}-*")
+        return {path.name: _digest(path) for path in mine}
+
+
+def exists(folder: str) -> bool:
+    """Whether `write` wrote there."""
+    fs, plain = fsspec.core.url_to_fs(folder)
+    return bool(fs.exists(f"{plain}/{META}"))
+
+
+def read(folder: str, empty: Empty) -> State:
+    """The state that `write` wrote, each tensor in what `empty` gives for it."""
+    with _local(folder, upload=False) as local:
+        found: Any = HuggingFaceStorageReader(str(local)).read_metadata()
+        tensors = {
+            name: empty(name, tuple(entry.size), entry.properties.dtype)
+            for name, entry in found.state_dict_metadata.items()
+        }
+        reader = HuggingFaceStorageReader(str(local))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each reads for itself
+            load(tensors, storage_reader=reader, no_dist=True)
+        return State(tensors=tensors, meta=json.loads((local / META).read_text()))
+
+
+@contextmanager
+def _local(folder: str, *, upload: bool) -> Iterator[Path]:
+    """The folder itself where it is a local one; else a temporary one, copied from or to it."""
+    fs, plain = fsspec.core.url_to_fs(folder)
+    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        path = Path(plain)
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        if not upload:
+            fs.get(f"{plain}/", temporary, recursive=True)
+        yield Path(temporary)
+        if upload:
+            fs.makedirs(plain, exist_ok=True)
+            for path in Path(temporary).iterdir():
+                fs.put_file(str(path), f"{plain}/{path.name}")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
