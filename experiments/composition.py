@@ -7,7 +7,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from yaml import YAMLError
 
 from diloco import config as configuration
 from diloco.config import RunConfig
-from experiments.mistakes import Mistake, explain, first_lines, group_without_choice, unknown_key
+from experiments.mistakes import Mistake, explain, first_lines, group_without_choice
+from experiments.schema import RUN_KEYS, Composed, refuse_additions
 
 CONFIGS = "experiments.conf"
+NOT_OF_A_MEMBER = ("experiment", "members", "resume")
 PATHS = ("resume", "init_from")  # keys whose value is a path that a shell may have completed
 
 
@@ -40,10 +42,11 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One run of a sweep."""
+    """One run, alone or among others."""
 
     overrides: dict[str, str]  # all of them: key -> value
-    varying: tuple[str, ...]  # the keys that the sweep is over
+    varying: tuple[str, ...]  # the keys that a sweep is over
+    name: str = ""  # of a member of an experiment
     values: DictConfig
     config: RunConfig
 
@@ -71,9 +74,31 @@ def import_parts(modules: Sequence[str]) -> None:
 
 
 def single(request: Request) -> Member:
-    """The one run that is asked for. Raises Mistake."""
+    """The one run that is asked for, or what the members of an experiment have in common. Raises Mistake."""
     with _hydra(request) as overrides:
-        return _member(_parsed(overrides), request, varying=())
+        return _member(_parsed(overrides), request)
+
+
+def named(request: Request) -> list[Member]:
+    """The members of the experiment that is asked for, in its order; none where it is one run. Raises Mistake.
+
+    What the command line gives holds for all of them, also where a member has something else.
+    """
+    with _hydra(request) as overrides:
+        parsed = _parsed(overrides)
+        common = _composed(parsed, request)
+        first = [override for override in parsed if override.key_or_group == "experiment"]
+        rest = [override for override in parsed if override not in first]
+        found = []
+        for name, lines in common.members.items():
+            try:
+                own = _parsed(lines)
+                if common.resume or any(override.key_or_group in NOT_OF_A_MEMBER for override in own):
+                    raise Mistake("it can neither go on with a run nor have members of its own")
+                found.append(_member([*first, *own, *rest], request, name=str(name)))
+            except Mistake as error:
+                raise Mistake(f"member {name}: {error}") from error
+        return found
 
 
 def sweep(request: Request) -> list[Member]:
@@ -85,11 +110,13 @@ def sweep(request: Request) -> list[Member]:
             if override.key_or_group == "resume":
                 raise Mistake(f"{override.input_line} goes on with one run: use it without -m")
         keys = tuple(override.get_key_element().lstrip("+") for override in varying)
-        members = []
+        members: list[Member] = []
         for values in itertools.product(*(_choices(override) for override in varying)):
             chosen = dict(zip(map(id, varying), values, strict=True))
             lines = [chosen.get(id(override), str(override.input_line)) for override in parsed]
             try:
+                if not members and _composed(_parsed(lines), request).members:
+                    raise Mistake("the experiment has members of its own: use it without -m")
                 members.append(_member(_parsed(lines), request, varying=keys))
             except Mistake as error:
                 label = f"member {len(members)} ({' '.join(values)}): " if values else ""
@@ -146,8 +173,21 @@ def _choices(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def _member(parsed: list[Override], request: Request, *, varying: tuple[str, ...]) -> Member:
+def _member(parsed: list[Override], request: Request, *, varying: tuple[str, ...] = (), name: str = "") -> Member:
     """Compose and check one run."""
+    values = _composed(parsed, request)
+    with _explained([str(override.input_line) for override in parsed], request.config_dir):
+        composed = OmegaConf.to_object(values)
+        assert isinstance(composed, Composed)
+        config = RunConfig(**{key: vars(composed)[key] for key in RUN_KEYS})
+        config.metrics.check()
+    told = {o.get_key_element().lstrip("+"): _text(o) for o in parsed if not o.is_hydra_override()}
+    shown = OmegaConf.masked_copy(values, list(RUN_KEYS))
+    return Member(overrides=told, varying=varying, name=name, values=shown, config=config)
+
+
+def _composed(parsed: list[Override], request: Request) -> DictConfig:
+    """All values, not checked together yet."""
     named = [_text(o) for o in parsed if o.key_or_group == "experiment"]
     run = next((_text(o) for o in parsed if o.key_or_group == "resume"), "")
     lines = [str(override.input_line) for override in parsed]
@@ -157,13 +197,9 @@ def _member(parsed: list[Override], request: Request, *, varying: tuple[str, ...
         else:
             values = compose("config", overrides=lines)
             values.experiment = ",".join(named)
-        _refuse_additions(values)
+        refuse_additions(values)
         values.imports = list(dict.fromkeys([*values.imports, *request.imports]))
-        config = OmegaConf.to_object(values)
-        assert isinstance(config, RunConfig)
-        config.metrics.check()
-    told = {o.get_key_element().lstrip("+"): _text(o) for o in parsed if not o.is_hydra_override()}
-    return Member(overrides=told, varying=varying, values=values, config=config)
+    return values
 
 
 def _on_saved(run: str, parsed: list[Override]) -> DictConfig:
@@ -211,23 +247,6 @@ def _address(key: str) -> str:
 def _text(override: Override) -> str:
     value = override.value()
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _refuse_additions(values: DictConfig) -> None:
-    """Raise Mistake for a key that `+key=value` added and no part knows."""
-    for key in _additions(values, ""):
-        raise Mistake(unknown_key(key))
-
-
-def _additions(values: DictConfig, prefix: str) -> Iterator[str]:
-    node = OmegaConf.get_type(values)
-    known = [field.name for field in fields(node)] if node is not None and is_dataclass(node) else None
-    for key, child in values.items_ex(resolve=False):
-        key = str(key)
-        if known is not None and key not in known:
-            yield f"{prefix}{key}"
-        elif isinstance(child, DictConfig):
-            yield from _additions(child, f"{prefix}{key}.")
 
 
 @contextmanager

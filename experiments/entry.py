@@ -79,15 +79,16 @@ def _carry_out(arguments: argparse.Namespace, program: str) -> int:
 
             print(usage(program, request))
             return FINISHED
-        members = composition.sweep(request) if arguments.multirun else [composition.single(request)]
+        several = composition.sweep(request) if arguments.multirun else composition.named(request)
+        members = several or [composition.single(request)]
         if arguments.cfg:
             return _show(members, arguments)
     except Mistake as mistake:
         return tell(mistake)
-    if arguments.multirun:
+    if several:
         from experiments.sweep import run_sweep
 
-        return run_sweep(members)
+        return run_sweep(several)
     return _run(members[0].config)
 
 

@@ -1,4 +1,7 @@
-"""A sweep: its runs one after the other in one directory, with `sweep.csv` and a table of what came out."""
+"""Several runs one after the other in one directory, with `sweep.csv` and a table of what came out.
+
+They are the combinations of a sweep, or the named members of an experiment.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,13 @@ if TYPE_CHECKING:
 Row: TypeAlias = dict[str, object]  # a line of sweep.csv
 
 FILE = "sweep.csv"
+FIGURES = ("val loss", "", "perplexity", "tokens", "tokens/s", "sent", "time")  # columns of the table
 MOST_CHARACTERS = 120  # of a member's folder, and of a reason in the table
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # in what Ray raises
 
 
 def run_sweep(members: Sequence[Member]) -> int:
-    """Run all members, also after one that fails; an interruption ends the sweep. Returns the exit status."""
+    """Run all members, also after one that fails; an interruption ends it all. Returns the exit status."""
     directory = rundir.new_directory(members[0].config.name)
     directory.mkdir(parents=True)
     rundir.point_latest(directory)
@@ -44,30 +48,35 @@ def run_sweep(members: Sequence[Member]) -> int:
                 return INTERRUPTED
     finally:
         if rows:
-            _show(directory, members[0].varying, rows)
+            _show(directory, columns(members), rows)
     return FINISHED if all(row["status"] == "finished" for row in rows) else FAILED
 
 
 def folder_name(number: int, member: Member, count: int) -> str:
-    """`<number>_<overrides>`, of what the sweep is over, without characters that paths give a meaning."""
+    """`<number>_<overrides>` of what the sweep is over, or the name; no characters that paths give a meaning."""
     digits = len(str(count - 1))
     overrides = "".join(c if c.isalnum() or c in "=,.+-_@" else "-" for c in _label(member, separator=","))
     return f"{number:0{digits}}_{overrides}"[:MOST_CHARACTERS].rstrip("_")
 
 
+def columns(members: Sequence[Member]) -> tuple[str, ...]:
+    """Columns of a row that tell the members apart."""
+    return ("member",) if members[0].name else members[0].varying
+
+
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """All rows under the columns that any of them has; whole or as it was before."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    header = list(dict.fromkeys(column for row in rows for column in row))
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, header)
         writer.writeheader()
         writer.writerows(rows)
     temporary.rename(path)
 
 
 def _label(member: Member, *, separator: str = " ") -> str:
-    return separator.join(f"{key}={member.overrides[key]}" for key in member.varying)
+    return member.name or separator.join(f"{key}={member.overrides[key]}" for key in member.varying)
 
 
 def _run(member: Member, folder: Path) -> tuple[str, str]:
@@ -90,11 +99,8 @@ def _row(member: Member, folder: Path, status: str, reason: str) -> Row:
         summary = json.loads((folder / "summary.json").read_text())
     scalars = {key: value for key, value in summary.items() if not isinstance(value, dict | list)}
     outcome = {"directory": folder.name, "status": status, "reason": " ".join(reason.split())}
-    return {
-        **member.overrides,
-        **outcome,
-        **{k: v for k, v in scalars.items() if k not in {**member.overrides, **outcome}},
-    }
+    given = {**({"member": member.name} if member.name else {}), **member.overrides}
+    return {**given, **outcome, **{k: v for k, v in scalars.items() if k not in {**given, **outcome}}}
 
 
 def _show(directory: Path, varying: Sequence[str], rows: Sequence[Row]) -> None:
@@ -115,7 +121,7 @@ def table(varying: Sequence[str], rows: Sequence[Row]) -> Table:
 
     best = min((loss for row in rows if (loss := _number(row, "val_loss")) is not None), default=None)
     shown = Table(box=SIMPLE_HEAD, show_edge=False)
-    for name in ("run", *varying, "status", "val loss", "", "perplexity", "tokens/s", "sent", "time", "reason"):
+    for name in ("run", *varying, "status", *FIGURES, "reason"):
         shown.add_column(name, justify="left" if name in ("", "status", "reason") else "right")
     for number, row in enumerate(rows):
         is_best = best is not None and _number(row, "val_loss") == best
@@ -130,15 +136,19 @@ def table(varying: Sequence[str], rows: Sequence[Row]) -> Table:
 
 
 def _figures(row: Row, is_best: bool) -> list[str]:
-    loss, perplexity, speed = (_number(row, key) for key in ("val_loss", "perplexity", "tokens_per_s"))
+    """What stands under FIGURES."""
+    loss, perplexity = _number(row, "val_loss"), _number(row, "perplexity")
+    tokens, speed = _number(row, "tokens"), _number(row, "tokens_per_s")
     sent = [_number(row, key) for key in ("bytes_up", "bytes_down")]
+    inside = _number(row, "bytes_inside") or 0.0  # between the workers of islands that have several
     wall_s = _number(row, "wall_s")
     return [
         "-" if loss is None else f"{loss:.4f}",
         "* best" if is_best else "",
         "-" if perplexity is None else f"{perplexity:,.1f}",
+        "-" if tokens is None else format_count(tokens),
         "-" if speed is None else format_count(speed),
-        "-" if sent[0] is None or sent[1] is None else format_bytes(sent[0] + sent[1]),
+        "-" if sent[0] is None or sent[1] is None else format_bytes(sent[0] + sent[1] + inside),
         "-" if wall_s is None else format_duration(wall_s),
     ]
 

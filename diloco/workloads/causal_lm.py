@@ -31,7 +31,9 @@ SAMPLE_TOP_K = 50
 class CausalLM(Workload):
     """Train a causal language model on `data`; the loss is the mean cross-entropy of next tokens, in nats."""
 
-    model: str = "tiny"  # a preset (tiny, 60m, 150m, 400m, 1.3b): new weights; or a folder or hub id: its weights
+    model: str = (
+        "tiny"  # a preset (micro, tiny, 60m, 150m, 400m, 1.3b): new weights; or a folder or hub id: its weights
+    )
     trust_remote_code: bool = False  # run Python code that comes with a pretrained model
 
     def __post_init__(self) -> None:

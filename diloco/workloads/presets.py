@@ -38,6 +38,7 @@ class Preset:
 
 # Widths, depths and heads: arXiv:2311.08105, Table 1 (60m to 400m) and arXiv:2403.10616 (1.3b).
 PRESETS = {
+    "micro": Preset(layers=3, width=64, heads=4, head_size=16, vocab_size=257),  # 0.16 M: bytes and end-of-text
     "tiny": Preset(layers=4, width=128, heads=4, head_size=32, vocab_size=4096),  # 1.3 M
     "60m": Preset(layers=3, width=896, heads=16, head_size=64),
     "150m": Preset(layers=12, width=896, heads=16, head_size=64),

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from diloco.config import GROUPS, SINGLE, RunConfig, choice_of, defaults_of_changed
 from diloco.inner import Sgd
-from experiments.composition import Request, experiments, single
+from experiments.composition import Request, experiments, named, single
 
 FOLDER = files("experiments.conf") / "experiment"
 NAMES = sorted(path.name.removesuffix(".yaml") for path in FOLDER.iterdir() if path.name.endswith(".yaml"))
@@ -52,6 +52,7 @@ def test_the_defaults_of_what_a_command_changes() -> None:
 def test_it_repeats_no_default(name: str) -> None:
     config, default = single(Request(overrides=(f"+experiment={name}",))).config, RunConfig()
     given = content(name)
+    given.pop("members", None)
     for choice in given.pop("defaults", []):
         for address, chosen in choice.items():
             key = address.removeprefix("override ").removeprefix("/").rpartition("@")[2]
@@ -70,3 +71,11 @@ def test_it_repeats_no_default(name: str) -> None:
 def test_it_says_what_it_is(name: str) -> None:
     lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_" and lines[1].startswith("# ")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_members_train_on_equal_tokens(name: str) -> None:
+    configs = [member.config for member in named(Request(overrides=(f"+experiment={name}",)))]
+    tokens = {c.islands * c.inner_steps * c.rounds * c.data.batch * c.data.sequence_length for c in configs}
+    assert len(tokens) <= 1
+    assert all(config.name == config.experiment == name for config in configs)

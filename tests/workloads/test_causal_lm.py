@@ -126,7 +126,7 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Monkey
             CausalLM(model=name).build_model(0)
         with pytest.raises(ValueError, match=message):
             CausalLM(model=name).corpus(Data(cache=str(tmp_path)), seed=0, shards=1)
-    with pytest.raises(ValueError, match="workload.model is empty: choose tiny, 60m"):
+    with pytest.raises(ValueError, match="workload.model is empty: choose micro, tiny, 60m"):
         CausalLM(model="")
 
 
