@@ -9,13 +9,13 @@ from typing import Any
 from diloco.messages import Commit, IslandId, ModuleKey, Modules, Report, ShardId, SlotName, SourceId, Task
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """A sound contribution that waits for its commit."""
+    """A sound contribution that waits for its commit; one record for all modules that it is to."""
 
     examples: float  # its weight
     tokens: int  # trained on for it
-    norm: float
+    norm: float  # over all those modules
 
 
 @dataclass(kw_only=True)
@@ -158,6 +158,14 @@ class RunView:
     counters: Counters = field(default_factory=Counters)
     round: int = 0  # rounds that all modules have committed
 
+    def __post_init__(self) -> None:
+        # Kept, so that nothing need look through all islands to find those that share a module.
+        self._paths_through: dict[ModuleKey, list[int]] = {}
+        for index, path in enumerate(self.paths):
+            for key in path.values():
+                self._paths_through.setdefault(key, []).append(index)
+        self._islands_on: list[list[IslandView]] = [[] for _ in self.paths]
+
     def begin(self, modules: Modules, islands: int) -> None:
         """A run at its start: source i contributes for island i, reads shard i and trains path i modulo paths."""
         self.modules = {key: ModuleView() for key in modules.shards}
@@ -169,6 +177,7 @@ class RunView:
         Sources not seen before start at the present round's position.
         """
         self.islands.clear()
+        self._islands_on = [[] for _ in self.paths]
         for index in range(islands):
             source = SourceId(index)
             if source not in self.sources:
@@ -179,7 +188,8 @@ class RunView:
                     round=self.round,
                     position=self.round * self.inner_steps,
                 )
-            self.islands[IslandId(index)] = IslandView(island=IslandId(index), source=source)
+            self.islands[IslandId(index)] = island = IslandView(island=IslandId(index), source=source)
+            self._islands_on[self.sources[source].path].append(island)
         self.sources = {source: view for source, view in self.sources.items() if source < islands}
         for key, module in self.modules.items():
             module.awaited &= self.sources.keys()
@@ -192,17 +202,20 @@ class RunView:
         """Which module fills which slot for `source`."""
         return self.paths[source.path]
 
-    def open_round(self, key: ModuleKey) -> None:
-        """Await all living islands whose path holds the module, for its present round."""
-        module = self.modules[key]
-        if module.round == self.rounds:
-            return
-        for island in self.islands.values():
-            source = self.sources[island.source]
-            if island.alive and self._holds(source, key):
-                module.awaited.add(source.source)
+    def open_rounds(self, keys: Sequence[ModuleKey]) -> None:
+        """Await all living islands whose path holds a module, for its present round."""
+        # Most modules have their round and their islands in common with others: each island is visited once for all.
+        alike: dict[tuple[int, tuple[int, ...]], list[ModuleKey]] = {}
+        for key in keys:
+            if self.modules[key].round < self.rounds:
+                alike.setdefault((self.modules[key].round, tuple(self._paths_through[key])), []).append(key)
+        for (round_, paths), group in alike.items():
+            alive = [island.source for path in paths for island in self._islands_on[path] if island.alive]
+            for key in group:
+                self.modules[key].awaited.update(alive)
+            for source in map(self.sources.__getitem__, alive):
                 if not source.work:
-                    source.round = module.round  # also one that came back and waited
+                    source.round = round_  # also one that came back and waited
 
     def _holds(self, source: SourceView, key: ModuleKey) -> bool:
         return self.path_of(source).get(SlotName(key.rpartition("/")[0])) == key
@@ -210,15 +223,16 @@ class RunView:
     def commit(self, commits: Sequence[Commit]) -> None:
         """The modules took these steps, or ended their round without one; their next round opens."""
         self.counters.outer_steps += any(commit.sources for commit in commits)
-        tokens = {s: self.modules[c.module].arrivals[s].tokens for c in commits for s in c.sources}
+        distinct = {commit.sources: self.modules[commit.module].arrivals for commit in commits}
+        tokens = {source: arrivals[source].tokens for sources, arrivals in distinct.items() for source in sources}
         self.counters.accepted += len(tokens)
         self.counters.tokens += sum(tokens.values())
         for commit in commits:
             module = self.modules[commit.module]
             module.version += bool(commit.sources)
             module.round, module.rejected, module.dropped = module.round + 1, 0, 0
-            module.arrivals.clear()
-            self.open_round(commit.module)
+            module.arrivals = {}
+        self.open_rounds([commit.module for commit in commits])
 
     def bare_task(self, island: IslandId, source: SourceView) -> Task:
         """A task that installs, trains and sends nothing: to evaluate, or to save what the source has."""
@@ -258,11 +272,11 @@ class RunView:
         for source in self.sources.values():
             source.lose()
             source.round, source.position = self.round, self.round * self.inner_steps
-        for key, module in self.modules.items():
+        for module in self.modules.values():
             module.round, module.rejected, module.dropped = self.round, 0, 0
             module.arrivals.clear()
             module.awaited.clear()
-            self.open_round(key)
+        self.open_rounds(list(self.modules))
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps: progress, not settings."""

@@ -8,9 +8,9 @@ a push of all its modules, and its share of the round's commit.
 
 from __future__ import annotations
 
+import random
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ class Block:
 
 
 class Game:
-    """A coordinator and its made-up runtime, in which all islands are equally fast."""
+    """A coordinator and its made-up runtime; what it is asked for is answered in a random order."""
 
     def __init__(self, *, islands: int, modules: int, modules_per_path: int) -> None:
         layout = _modules(modules, modules_per_path)
@@ -50,17 +50,20 @@ class Game:
         )
         self._view.begin(layout, islands)
         self._coordinator = Coordinator(schedule=Barrier(), run=self._view)
-        self._asked: deque[Run | Push | Measure] = deque()
+        self._asked: list[Run | Push | Measure] = []
+        self._random = random.Random(0)
         self._now_s = 0.0
         self._handle(Started(now_s=0.0))
 
     def play(self, rounds: int) -> Block:
-        """Answer in the order of asking until so many rounds more are committed."""
+        """Answer in any order until so many rounds more are committed."""
         events = tasks = 0
         seconds = slowest_s = 0.0
         until = self._view.round + rounds
         while self._view.round < until:
-            command = self._asked.popleft()
+            index = self._random.randrange(len(self._asked))
+            self._asked[index], self._asked[-1] = self._asked[-1], self._asked[index]
+            command = self._asked.pop()
             spent_s = self._handle(self._answer(command))
             events, seconds, slowest_s = events + 1, seconds + spent_s, max(slowest_s, spent_s)
             tasks += isinstance(command, Push)

@@ -76,9 +76,13 @@ class Library:
 
 
 LIBRARIES = (
-    Library("ray", ("diloco.runtime.ray_*", "experiments.cli", "experiments.doctor")),
+    Library("ray", ("diloco.runtime.ray_*", "experiments.cli", "experiments.doctor", "experiments.benchmarks.*")),
     Library("hydra", ("experiments*", "*.config")),
-    Library("torch.distributed", ("diloco.replica", "diloco.runtime.spmd", "diloco.checkpoint")),
+    Library(
+        "torch.distributed",
+        ("diloco.replica", "diloco.runtime.spmd", "diloco.checkpoint", "experiments.benchmarks.peers"),
+    ),
+    Library("torchft", ("experiments.benchmarks.peers",), inside_functions=True),
     Library("transformers", ("diloco.workloads.*", *sorted(DATA), "dipaco.features"), inside_functions=True),
     Library("rich", ("diloco.display", "experiments*"), inside_functions=True),
     Library("wandb", ("diloco.metrics",), inside_functions=True),
