@@ -161,10 +161,8 @@ class RunView:
     def __post_init__(self) -> None:
         # Kept, so that nothing need look through all islands to find those that share a module.
         self._paths_through: dict[ModuleKey, list[int]] = {}
-        for index, path in enumerate(self.paths):
-            for key in path.values():
-                self._paths_through.setdefault(key, []).append(index)
-        self._islands_on: list[list[IslandView]] = [[] for _ in self.paths]
+        for index, key in ((index, key) for index, path in enumerate(self.paths) for key in path.values()):
+            self._paths_through.setdefault(key, []).append(index)
 
     def begin(self, modules: Modules, islands: int) -> None:
         """A run at its start: source i contributes for island i, reads shard i and trains path i modulo paths."""
@@ -177,7 +175,7 @@ class RunView:
         Sources not seen before start at the present round's position.
         """
         self.islands.clear()
-        self._islands_on = [[] for _ in self.paths]
+        self._islands_on: list[list[IslandView]] = [[] for _ in self.paths]
         for index in range(islands):
             source = SourceId(index)
             if source not in self.sources:
@@ -193,8 +191,9 @@ class RunView:
         self.sources = {source: view for source, view in self.sources.items() if source < islands}
         for key, module in self.modules.items():
             module.awaited &= self.sources.keys()
-            for view in self.sources.values():
-                if view.round <= module.round < self.rounds and self._holds(view, key):
+            lent = [island.source for path in self._paths_through[key] for island in self._islands_on[path]]
+            for view in map(self.sources.__getitem__, lent):
+                if view.round <= module.round < self.rounds:
                     view.round = module.round  # it may have been away for some rounds
                     module.awaited.add(view.source)
 
@@ -204,21 +203,17 @@ class RunView:
 
     def open_rounds(self, keys: Sequence[ModuleKey]) -> None:
         """Await all living islands whose path holds a module, for its present round."""
-        # Most modules have their round and their islands in common with others: each island is visited once for all.
         alike: dict[tuple[int, tuple[int, ...]], list[ModuleKey]] = {}
         for key in keys:
-            if self.modules[key].round < self.rounds:
-                alike.setdefault((self.modules[key].round, tuple(self._paths_through[key])), []).append(key)
+            alike.setdefault((self.modules[key].round, tuple(self._paths_through[key])), []).append(key)
         for (round_, paths), group in alike.items():
+            if round_ == self.rounds:
+                continue
             alive = [island.source for path in paths for island in self._islands_on[path] if island.alive]
             for key in group:
                 self.modules[key].awaited.update(alive)
-            for source in map(self.sources.__getitem__, alive):
-                if not source.work:
-                    source.round = round_  # also one that came back and waited
-
-    def _holds(self, source: SourceView, key: ModuleKey) -> bool:
-        return self.path_of(source).get(SlotName(key.rpartition("/")[0])) == key
+            for source in (self.sources[name] for name in alive if not self.sources[name].work):
+                source.round = round_  # also one that came back and waited
 
     def commit(self, commits: Sequence[Commit]) -> None:
         """The modules took these steps, or ended their round without one; their next round opens."""
