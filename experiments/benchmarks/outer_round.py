@@ -17,6 +17,7 @@ from experiments.benchmarks import common, peers
 from experiments.benchmarks.pace import Side, alternate, training
 
 ROUND_STEPS = 2
+REST_S = 0.3  # sleep in the first step of a round, on both sides: what a real run does beside its training is done then
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,18 +89,21 @@ def _ours(given: Any, folder: Path, *, islands: int, rounds: int, block_steps: i
         "workload.parameters": given.parameters,
         "workload.folder": folder,
         "workload.block_steps": block_steps,
+        "workload.round_steps": ROUND_STEPS,
+        "workload.rest_s": REST_S,
     }
     command = training(overrides, workload="idle")
     return Side(command, folder=folder, side="ours", members=islands, environment={})
 
 
 def _torchft(given: Any, folder: Path, *, islands: int, rounds: int, block_steps: int) -> Side:
-    numbers = {
+    numbers: dict[str, float] = {
         "replicas": islands,
         "parameters": given.parameters,
         "rounds": rounds,
         "round-steps": ROUND_STEPS,
         "block-steps": block_steps,
+        "rest-s": REST_S,
     }
     command = [sys.executable, "-m", "experiments.benchmarks.peers", "--folder", str(folder)]
     command += [f"--{key}={value}" for key, value in numbers.items()]

@@ -74,7 +74,7 @@ class Steps:
 
 
 class Side:
-    """A program whose members take part, in a folder of its own; its output goes to a file there."""
+    """A program whose members take part; its output goes to a file. Made once all wait for their first turn."""
 
     def __init__(
         self, command: Sequence[str], *, folder: Path, side: str, members: int, environment: Mapping[str, str]
@@ -91,6 +91,11 @@ class Side:
                 env={**os.environ, "PYTHONPATH": paths, **environment},
                 start_new_session=True,
             )
+        try:  # one side after the other, or Ray may find the machine too busy to start on
+            self.wait_for(0, limit_s=START_LIMIT_S)
+        except BaseException:
+            self.close()
+            raise
 
     def give_turn(self, block: int) -> None:
         """Let the members begin this block."""
@@ -138,8 +143,6 @@ class Side:
 
 def alternate(sides: Sequence[Side], *, blocks: int, block_steps: int) -> None:
     """Give each side its turn for block 0, then for block 1 and so on; at last let all of them run to their ends."""
-    for side in sides:
-        side.wait_for(0, limit_s=START_LIMIT_S)
     for block in range(blocks):
         for side in sides:
             side.give_turn(block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +70,14 @@ class Block(nn.Module):
 
 @dataclass(kw_only=True)
 class Idle(Workload):
-    """Inner steps that cost nothing: no parameter gets a gradient, so optimizers pass over them."""
+    """Inner steps that cost nothing: no parameter gets a gradient, so optimizers pass over them.
+
+    The first one of a round sleeps, since what is done beside the training has all of it for its time.
+    """
 
     parameters: int = 25_000_000
+    round_steps: int = 2
+    rest_s: float = 0.0
     folder: str = ""
     block_steps: int = 1
 
@@ -91,6 +97,8 @@ class Idle(Workload):
     def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
         """Waits where it is not this side's turn."""
         self._pace.step(shard, step)
+        if step % self.round_steps == 0:
+            time.sleep(self.rest_s)
         return {"x": torch.zeros(1)}
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,7 @@ def main() -> None:
     options = argparse.ArgumentParser()
     for name in ("--replicas", "--parameters", "--rounds", "--round-steps", "--block-steps"):
         options.add_argument(name, type=int, required=True)
+    options.add_argument("--rest-s", type=float, required=True)
     options.add_argument("--folder", required=True)
     options.add_argument("--replica", type=int)
     given = options.parse_args()
@@ -112,6 +114,8 @@ def _replica(given: argparse.Namespace) -> None:
     ):
         for step in range(given.rounds * given.round_steps):
             pace.step(given.replica, step)
+            if step % given.round_steps == 0:
+                time.sleep(given.rest_s)
             inner.zero_grad()
             inner.step()  # the last of a round synchronises
     manager.shutdown()
