@@ -64,7 +64,7 @@ def _measure(given: Any) -> dict[str, Any]:
         finally:
             for side in sides:
                 side.close()
-        difference = _loss_difference(Path(folder))
+        difference = _loss_difference(Path(folder), block_steps=given.steps)
     walls = {name: [wall for wall, _ in found] for name, found in rates.items()}
     cpus = {name: [cpu for _, cpu in found] for name, found in rates.items()}
     for name, values in walls.items():
@@ -100,12 +100,12 @@ def _rates(side: Side, settings: bare.Settings) -> list[tuple[float, float]]:
     return found
 
 
-def _loss_difference(folder: Path) -> float:
+def _loss_difference(folder: Path, *, block_steps: int) -> float:
     """Of the last segment's mean loss. Raises RuntimeError where the two did not do the same work."""
     lines = (folder / "runs" / "latest" / "metrics.jsonl").read_text().splitlines()
     last = [record for record in map(json.loads, lines) if record["event"] == "segment"][-1]
     losses = json.loads((folder / "bare.json").read_text())
-    steps = len(losses) % SEGMENT_STEPS or SEGMENT_STEPS
+    steps = block_steps % SEGMENT_STEPS or SEGMENT_STEPS
     ours, plain = last["inner/loss"], losses[last["step"] - steps : last["step"]]
     difference = abs(ours - sum(plain) / steps)
     if not difference < 1e-3 * abs(ours):
