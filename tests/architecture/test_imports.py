@@ -22,12 +22,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.views": {"diloco.messages"},
     "diloco.records": TYPES,
     "diloco.outer": {"diloco.messages"},
-    "diloco.merge": {"diloco.messages"},
+    "diloco.buffers": {"diloco.messages"},
+    "diloco.merge": {"diloco.buffers", "diloco.messages"},
     "diloco.layout": {"diloco.messages"},
-    "diloco.codec": {"diloco.messages"},
+    "diloco.codec": {"diloco.buffers", "diloco.messages"},
     "diloco.schedule": {"diloco.messages", "diloco.views"},
     "diloco.coordinator": {"diloco.schedule", "diloco.layout", "diloco.records", *TYPES},
-    "diloco.store": {"diloco.outer", "diloco.merge", "diloco.codec", "diloco.messages"},
+    "diloco.store": {"diloco.buffers", "diloco.outer", "diloco.merge", "diloco.codec", "diloco.messages"},
     "diloco.island": {
         "diloco.replica",
         "diloco.codec",
@@ -79,7 +80,7 @@ class Library:
 
 
 LIBRARIES = (
-    Library("ray", ("diloco.runtime.ray_*", "experiments.cli", "experiments.doctor")),
+    Library("ray", ("diloco.runtime.ray_*", "experiments.cli", "experiments.doctor", "experiments.benchmarks.*")),
     Library("hydra", ("experiments*", "*.config")),
     Library(
         "torch.distributed",
@@ -90,8 +91,10 @@ LIBRARIES = (
             "diloco.runtime.spmd",
             "diloco.checkpoint",
             "diloco.sharded",
+            "experiments.benchmarks.peers",
         ),
     ),
+    Library("torchft", ("experiments.benchmarks.peers",), inside_functions=True),
     Library("transformers", ("diloco.workloads.*", *sorted(DATA), "dipaco.features"), inside_functions=True),
     Library("rich", ("diloco.display", "experiments*"), inside_functions=True),
     Library("matplotlib", ("diloco.report.*",), inside_functions=True),
