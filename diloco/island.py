@@ -158,17 +158,16 @@ class Island:
     def contribution(self, task: Task, slot: SlotName) -> Contribution | None:
         """What the island sends of a slot; None on workers that do not send."""
         assert self._modules is not None
-        # float32 minus float32, before any cast for the wire (pitfall L11).
-        delta = self._replica.difference(self._anchors, self._modules.slots[slot])
+        payload = self._replica.contribution(self._codec, self._anchors, self._modules.slots[slot])
         contribution = None
-        if self._replica.sends:
+        if payload is not None:
             contribution = Contribution(
                 module=task.modules[slot],
                 source=task.source,
                 island=task.island,
                 round=task.round,
                 base_version=self._base_versions[slot],
-                payload=self._codec.encode(delta),
+                payload=payload,
                 attempt=task.attempt,
             )
         self._last_end_s = time.perf_counter()

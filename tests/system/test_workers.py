@@ -353,7 +353,9 @@ def _hold(rank: int, folder: str) -> None:
         for p in replica.parameters().values():
             p.sub_(0.5)
     for names in slots:
-        delta = replica.difference(anchor, names)
+        payload = replica.contribution(Float32(), anchor, names)
+        assert (payload is not None) == (rank == 0)
+        delta = {} if payload is None else Float32().decode(payload)
         assert set(delta) == (set(names) if rank == 0 else set())
         assert all(torch.equal(value, torch.full_like(full[n], 0.5)) for n, value in delta.items())
     replica.install(slots[0], {n: full[n] + 8 for n in slots[0]} if rank == 0 else {}, keep=0.25)
