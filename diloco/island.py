@@ -65,7 +65,8 @@ class Island:
         self._modules: Modules | None = None
         self._source: SourceId | None = None
         self._optimizers = inner.build(self._replica.parameters())
-        self._anchors: Tensors = {}  # CPU float32: this worker's parts of what was installed
+        # CPU float32: this worker's parts of what was installed; on Ray in the object store, which a node shares.
+        self._anchors: Tensors = {}
         self._base_versions: dict[SlotName, int] = {}
         self._fresh_since: int | None = None  # step at which empty optimizer state was started with in mid-run
         self._last_end_s: float | None = None
@@ -187,7 +188,7 @@ class Island:
             values: Tensors = {}
             if self._replica.sends:
                 assert found[slot].version == version, "torn versions"
-                values = self._down.decode(found[slot].payload)
+                values = self._down.view(found[slot].payload)  # snapshots never change once they are given out
             self._anchors |= self._replica.install(self._modules.slots[slot], values, keep)
             self._base_versions[slot] = version
 

@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.plan": {"diloco.display", "diloco.messages"},
     "diloco.report*": {"diloco.display", "diloco.rundir", "diloco.report*"},
     "diloco.workloads.*": {"diloco.workload", "diloco.workloads*", "diloco.messages", *DATA},
+    "diloco.runtime.reaper": set(),
     "diloco.runtime.*": {"diloco.*", "!diloco.train", "!diloco.config", "!diloco.async_*"},
     "diloco.async_.config": {"diloco.config", "diloco.async_*"},
     "diloco.async_*": {"diloco.outer", "diloco.schedule", "diloco.async_*", *TYPES},
