@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import fsspec
 import safetensors.torch
 import torch
-from torch.distributed.tensor import DTensor
 
-from diloco import sharded
 from diloco.messages import ModuleKey, Modules, Shape, SourceId, State, Tensors
-from diloco.sharded import Empty
 from diloco.workers import World
 
+Empty = Callable[[str, Shape, torch.dtype], torch.Tensor]  # name, shape, dtype -> what to read a tensor into
+
 MANIFEST = "manifest.json"
+SHARDED = "state.json"  # of a source that is spread over the workers of an island; see diloco/sharded.py
 
 
 @dataclass(kw_only=True)
@@ -152,7 +152,9 @@ def write_source(folder: str, source: SourceId, state: State, world: World | Non
 
     Where its tensors are spread over the workers of an island, all of them call this, each with its `world`.
     """
-    if any(isinstance(value, DTensor) for value in state.tensors.values()):
+    if any(type(value) is not torch.Tensor for value in state.tensors.values()):  # but a DTensor
+        from diloco import sharded
+
         assert world is not None
         files = sharded.write(f"{folder}/sources/{source}", state, world)
         return {f"sources/{source}/{name}": digest for name, digest in files.items()}
@@ -170,11 +172,13 @@ def read_source(folder: str, source: SourceId, empty: Empty | None = None) -> St
 
     `empty` gives what to read a tensor of an island of several workers into: by default a full one.
     """
-    if sharded.exists(f"{folder}/sources/{source}"):
+    fs, plain = fsspec.core.url_to_fs(f"{folder}/sources/{source}")
+    if fs.exists(f"{plain}/{SHARDED}"):
+        from diloco import sharded
+
         return sharded.read(f"{folder}/sources/{source}", empty or _full)
-    path = f"{folder}/sources/{source}/state.safetensors"
-    fs, plain = fsspec.core.url_to_fs(path)
-    return _read(path) if fs.exists(plain) else None
+    whole = fs.exists(f"{plain}/state.safetensors")
+    return _read(f"{folder}/sources/{source}/state.safetensors") if whole else None
 
 
 def read_values(folder: str) -> Tensors:

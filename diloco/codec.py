@@ -6,7 +6,6 @@ The body is numpy uint8, not a torch tensor: Ray moves such a buffer 10 to 50 ti
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diloco import buffers
 from diloco.messages import Payload, Shape, Tensors
 
 
@@ -27,6 +27,13 @@ class Codec(ABC):
     @abstractmethod
     def encode(self, tensors: Tensors) -> Payload:
         """One payload for all of `tensors` (read, not written; any device, sizes and number, also none)."""
+
+    def encode_difference(self, minuend: Tensors, subtrahend: Tensors) -> Payload:
+        """`encode` of the first minus the second, name by name in the second's order, in float32.
+
+        Computed on the second's device. A codec may write it straight into the payload.
+        """
+        return self.encode({name: minuend[name].to(value.device) - value for name, value in subtrahend.items()})
 
     @abstractmethod
     def decode(self, payload: Payload) -> Tensors:
@@ -47,6 +54,15 @@ class Float32(Codec):
     def encode(self, tensors: Tensors) -> Payload:
         """Exact; 4 bytes an element."""
         return _pack("float32", tensors, torch.float32)
+
+    def encode_difference(self, minuend: Tensors, subtrahend: Tensors) -> Payload:
+        """To the same bits, and where all is on the CPU without a copy of the difference."""
+        if any(value.device.type != "cpu" for value in subtrahend.values()):
+            return super().encode_difference(minuend, subtrahend)
+        payload = _room("float32", subtrahend, torch.float32)
+        for name, part in self.view(payload).items():
+            torch.sub(minuend[name], subtrahend[name].detach(), out=part)
+        return payload
 
     def decode(self, payload: Payload) -> Tensors:
         """Exact."""
@@ -84,25 +100,28 @@ def make_header(tensors: Tensors) -> bytes:
     return json.dumps({"shapes": shapes}, separators=(",", ":")).encode()
 
 
+def _room(codec: str, tensors: Tensors, dtype: torch.dtype) -> Payload:
+    """A payload for tensors of these names and shapes, its body not initialised."""
+    size = sum(value.numel() for value in tensors.values())
+    return Payload(codec=codec, header=make_header(tensors), body=np.empty(size * dtype.itemsize, dtype=np.uint8))
+
+
 def _pack(codec: str, tensors: Tensors, dtype: torch.dtype) -> Payload:
-    sizes = [value.numel() for value in tensors.values()]
-    body = np.empty(sum(sizes) * dtype.itemsize, dtype=np.uint8)
-    for part, value in zip(torch.split(_typed(body, dtype), sizes), tensors.values(), strict=True):
+    payload = _room(codec, tensors, dtype)
+    parts = torch.split(_typed(payload.body, dtype), [value.numel() for value in tensors.values()])
+    for part, value in zip(parts, tensors.values(), strict=True):
         part.copy_(value.detach().reshape(-1))  # casts, and fetches from the device
-    return Payload(codec=codec, header=make_header(tensors), body=body)
+    return payload
 
 
 def _unpack(codec: str, payload: Payload, dtype: torch.dtype, *, copy: bool = True) -> Tensors:
     if payload.codec != codec:
         raise ValueError(f"a payload of codec {payload.codec} cannot be decoded by {codec}")
     shapes = header_shapes(payload)
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    if copy and dtype is torch.float32:
-        flat = _typed(payload.body, dtype).clone()  # buffers from Ray are read-only
-    else:
-        flat = _typed(payload.body, dtype).to(torch.float32)
-    parts = torch.split(flat, sizes)
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    values = _typed(payload.body, dtype)
+    if copy:  # buffers from Ray are read-only
+        values = buffers.flat(values.numel()).copy_(values)
+    return buffers.views(values, shapes)
 
 
 def _typed(body: np.ndarray[Any, np.dtype[np.uint8]], dtype: torch.dtype) -> torch.Tensor:

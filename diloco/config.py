@@ -76,6 +76,9 @@ class RunConfig:
         for key, minimum in {**least, "threads_per_worker": 1, "gpus_per_worker": 0}.items():
             if vars(self)[key] < minimum:
                 raise ValueError(f"{key}={vars(self)[key]} is too small; give at least {minimum}")
+        known = [kind.value for kind in ReplicaKind]
+        if self.replica not in [*ReplicaKind, *known]:
+            raise ValueError(f"replica={self.replica} is unknown; use {' or '.join(known)}")
         self.replica = ReplicaKind(self.replica)  # config.yaml has its name
         for workers in self.workers_by_island():
             parts = workers * self.data.accumulation
@@ -157,6 +160,23 @@ def plain(config: RunConfig) -> dict[str, Any]:
         values[key] = OmegaConf.to_container(OmegaConf.structured(values[key]), enum_to_str=True)
     values["replica"] = config.replica.value
     return {"choices": {key: choice_of(key, vars(config)[key]) for key in GROUPS}, **values}
+
+
+def defaults_of_changed(config: RunConfig) -> dict[str, Any]:
+    """The defaults of those keys that differ from them, such as `{"islands": 2, "inner.lr": 0.0004}`.
+
+    The settings of a part are compared with the defaults of its own class.
+    """
+    values, usual = plain(config), plain(RunConfig())
+    chosen, usually_chosen = values.pop("choices"), usual.pop("choices")
+    found = {key: usually_chosen[key] for key in chosen if chosen[key] != usually_chosen[key]}
+    for key, value in values.items():
+        if key in GROUPS or key in SINGLE:
+            own: Any = OmegaConf.to_container(OmegaConf.structured(type(vars(config)[key])), enum_to_str=True)
+            found |= {f"{key}.{name}": own[name] for name in own if value[name] != own[name]}
+        elif value != usual[key]:
+            found[key] = usual[key]
+    return found
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -6,6 +6,7 @@ shards or on none, a round is committed or it is not, and who contributed is on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from enum import Enum
@@ -142,13 +143,14 @@ class Coordinator:
         bad = [verdict for verdict in event.verdicts if not verdict.good]
         commands: list[Command] = []
         source.settled = [*source.settled, (event.round, not bad)]
-        examples = float(self.run.shard_examples[source.shard])
-        for verdict in event.verdicts:
-            module = self._heard(verdict.module, source.source)
+        examples, norm = float(self.run.shard_examples[source.shard]), math.hypot(*[v.norm for v in event.verdicts])
+        arrival = Arrival(examples=examples, tokens=tokens, norm=norm)
+        for module in modules:
+            module.awaited.discard(source.source)
             if bad:
                 module.rejected += 1
             else:
-                module.arrivals[source.source] = Arrival(examples=examples, tokens=tokens, norm=verdict.norm)
+                module.arrivals[source.source] = arrival
         if bad:
             self.run.counters.rejected += 1
             commands.append(records.rejected(event, bad[0], self.run.round))
@@ -175,12 +177,12 @@ class Coordinator:
         self._queue(island, -island.queued)
         island.alive = False
         source = self.run.sources[island.source]
+        self._pushing -= {(source.source, work.round) for work in source.work}
         source.lose()
-        self._pushing = {pushed for pushed in self._pushing if pushed[0] != source.source}
         keys = list(self.run.path_of(source).values())
         for key in keys:
             self._heard(key, source.source)
-        return [records.lost(event, self.run.round), Respawn(island=event.island), *self._go_on(keys)]
+        return [records.lost(event, self.run.round), Respawn(island=event.island), *self._go_on(keys, [])]
 
     def _on_joined(self, event: Joined) -> list[Command]:
         self.run.counters.islands_joined += 1
@@ -189,16 +191,14 @@ class Coordinator:
         source = self.run.sources[island.source]
         keys = list(self.run.path_of(source).values())
         source.round = 1 + max(self.run.modules[key].round for key in keys)
-        return [records.joined(event, self.run.round), *self._go_on(keys)]
+        return [records.joined(event, self.run.round), *self._go_on(keys, [event.island])]
 
-    def _go_on(self, keys: list[ModuleKey]) -> list[Command]:
+    def _go_on(self, keys: list[ModuleKey], came: list[IslandId]) -> list[Command]:
         """After somebody left or came: end the rounds that others finished; begin anew those that nobody is left in."""
         idle = [key for key in keys if not self.run.modules[key].awaited]
-        for key in idle:
-            if not self.run.modules[key].heard:
-                self.run.open_round(key)
+        self.run.open_rounds([key for key in idle if not self.run.modules[key].heard])
         commands = self._commit_ready([key for key in idle if self.run.modules[key].heard])
-        return commands + self._dispatch(self.run.islands)
+        return commands + self._dispatch(self.run.islands if idle else came)
 
     def _on_tick(self, event: Tick) -> list[Command]:
         """A barrier that stalls says who has not arrived."""

@@ -11,9 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from diloco import buffers
+from diloco.codec import Codec
 from diloco.layout import block_of
-from diloco.messages import Shape, Tensors
-from diloco.replica import Replica, checked, consecutive, mix
+from diloco.messages import Payload, Shape, Tensors
+from diloco.replica import Replica, checked, mix
 from diloco.workers import World
 
 
@@ -54,16 +56,16 @@ class Fsdp2(Replica):
         return anchor
 
     @torch.no_grad()
-    def difference(self, anchor: Tensors, names: Sequence[str]) -> Tensors:
-        """One parameter after the other is gathered; only the worker that sends keeps it."""
-        result = consecutive({n: self._sharded[n].shape for n in names}, self.world.device) if self.sends else {}
+    def contribution(self, codec: Codec, anchor: Tensors, names: Sequence[str]) -> Payload | None:
+        """One parameter's difference after the other is gathered; only the worker that sends keeps it."""
+        delta = buffers.like({name: self._sharded[name] for name in names}) if self.sends else {}
         for name in names:
             own = self._sharded[name]
             rows = anchor[name].to(self.world.device) - own.to_local()
             full = self._like(own, rows).full_tensor()
             if self.sends:
-                result[name].copy_(full)
-        return result
+                delta[name].copy_(full)
+        return codec.encode(delta) if self.sends else None
 
     @contextmanager
     def exchange(self, last: bool) -> Iterator[None]:

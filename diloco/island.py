@@ -65,7 +65,8 @@ class Island:
         self._modules: Modules | None = None
         self._source: SourceId | None = None
         self._optimizers = inner.build(self._replica.parameters())
-        self._anchors: Tensors = {}  # CPU float32: this worker's parts of what was installed
+        # CPU float32: this worker's parts of what was installed; on Ray in the object store, which a node shares.
+        self._anchors: Tensors = {}
         self._base_versions: dict[SlotName, int] = {}
         self._fresh_since: int | None = None  # step at which empty optimizer state was started with in mid-run
         self._last_end_s: float | None = None
@@ -158,17 +159,16 @@ class Island:
     def contribution(self, task: Task, slot: SlotName) -> Contribution | None:
         """What the island sends of a slot; None on workers that do not send."""
         assert self._modules is not None
-        # float32 minus float32, before any cast for the wire (pitfall L11).
-        delta = self._replica.difference(self._anchors, self._modules.slots[slot])
+        payload = self._replica.contribution(self._codec, self._anchors, self._modules.slots[slot])
         contribution = None
-        if self._replica.sends:
+        if payload is not None:
             contribution = Contribution(
                 module=task.modules[slot],
                 source=task.source,
                 island=task.island,
                 round=task.round,
                 base_version=self._base_versions[slot],
-                payload=self._codec.encode(delta),
+                payload=payload,
                 attempt=task.attempt,
             )
         self._last_end_s = time.perf_counter()
@@ -188,7 +188,7 @@ class Island:
             values: Tensors = {}
             if self._replica.sends:
                 assert found[slot].version == version, "torn versions"
-                values = self._down.decode(found[slot].payload)
+                values = self._down.view(found[slot].payload)  # snapshots never change once they are given out
             self._anchors |= self._replica.install(self._modules.slots[slot], values, keep)
             self._base_versions[slot] = version
 

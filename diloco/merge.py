@@ -9,6 +9,7 @@ from enum import Enum
 
 import torch
 
+from diloco import buffers
 from diloco.messages import Tensors
 
 
@@ -50,9 +51,11 @@ class Mean(Merge):
             raise ValueError(f"cannot take a mean of {len(weights)} contributions with the weights {shares}")
         mean: Tensors = {}
         for delta, share in zip(deltas, shares, strict=True):
+            first = not mean
+            mean = mean or buffers.like(delta)
             for name, value in delta.items():
-                if name in mean:
-                    mean[name].add_(value, alpha=share / total)
+                if first:
+                    torch.mul(value.to(torch.float32), share / total, out=mean[name])
                 else:
-                    mean[name] = value.to(torch.float32) * (share / total)
+                    mean[name].add_(value, alpha=share / total)
         return mean

@@ -2,7 +2,8 @@
 
 A record has `event` and most often `round`; `island` where it has one; and metric keys such as `inner/loss`.
 Events: start, segment (an island finished a task; its bytes are that task's), commit (`round` counts the
-rounds done; tokens and bytes are the whole run's), evaluation, checkpoint, warning, lost, joined, end.
+rounds done; tokens and bytes are the whole run's), evaluation, checkpoint, warning, lost, joined, sample (what the
+trained model writes), end. `defaults` of a start: those of the configuration's keys that differ from them.
 """
 
 from __future__ import annotations

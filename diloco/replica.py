@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diloco.messages import Shape, Tensors
+from diloco.codec import Codec
+from diloco.messages import Payload, Shape, Tensors
 from diloco.workers import World
 
 
@@ -74,15 +75,15 @@ class Replica(ABC):
         """parameter <- keep * parameter + (1 - keep) * value, in place. Collective.
 
         `values`: full float32 CPU tensors on the worker that `sends`, ignored on the others. Returns the anchor:
-        the values' parts (float32, CPU) that this worker will need for `difference`.
+        the values' parts (float32, CPU) that this worker will need for `contribution`.
         """
 
-    @abstractmethod
-    def difference(self, anchor: Tensors, names: Sequence[str]) -> Tensors:
-        """anchor - parameter, full and in float32, on the worker that `sends`; nothing on the others. Collective.
+    def contribution(self, codec: Codec, anchor: Tensors, names: Sequence[str]) -> Payload | None:
+        """anchor - parameter, in float32 before any cast for the wire (pitfall L11), encoded. Collective.
 
-        The result belongs to the caller. On the CPU its tensors lie one after the other in one buffer.
+        None on the workers that do not send.
         """
+        return codec.encode_difference(anchor, self.read(names)) if self.sends else None
 
     def exchange(self, last: bool) -> AbstractContextManager[None]:
         """Around a backward pass: gradients are exchanged between the workers only in the `last` one of a step."""
@@ -132,10 +133,6 @@ class Single(Replica):
         mix({name: self._parameters[name] for name in names}, values, keep)
         return values
 
-    def difference(self, anchor: Tensors, names: Sequence[str]) -> Tensors:
-        """On the model's device."""
-        return _subtract(anchor, {name: self._parameters[name] for name in names})
-
 
 class Ddp(Replica):
     """A whole model on every worker; torch's DistributedDataParallel averages the gradients."""
@@ -158,10 +155,6 @@ class Ddp(Replica):
             sent.wait()
         return values if self.sends else {}
 
-    def difference(self, anchor: Tensors, names: Sequence[str]) -> Tensors:
-        """All workers have the same weights, so one of them is enough."""
-        return _subtract(anchor, {name: self._parameters[name] for name in names}) if self.sends else {}
-
     def exchange(self, last: bool) -> AbstractContextManager[None]:
         """DDP's own switch."""
         return contextlib.nullcontext() if last else self._ddp.no_sync()
@@ -179,22 +172,6 @@ def mix(parameters: Tensors, values: Tensors, keep: float) -> None:
             parameter.copy_(values[name])
         elif keep != 1.0:
             parameter.mul_(keep).add_(values[name].to(parameter.device), alpha=1 - keep)
-
-
-def _subtract(anchor: Tensors, parameters: Tensors) -> Tensors:
-    """anchor - parameter in float32, on the parameters' device, consecutive."""
-    device = next(iter(parameters.values())).device
-    result = consecutive({name: value.shape for name, value in parameters.items()}, device)
-    for name, out in result.items():
-        torch.sub(anchor[name].to(device), parameters[name].detach(), out=out)
-    return result
-
-
-def consecutive(shapes: dict[str, torch.Size], device: torch.device) -> Tensors:
-    """Uninitialised float32 tensors, one after the other in one buffer."""
-    sizes = [shape.numel() for shape in shapes.values()]
-    parts = torch.split(torch.empty(sum(sizes), device=device), sizes)
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def checked(model: nn.Module) -> nn.Module:

@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diloco.messages import Commit, ModuleKey, Task
-from diloco.views import IslandView, RunView, SourceView
+from diloco.messages import Commit, ModuleKey, SourceId, Task
+from diloco.views import Arrival, IslandView, RunView, SourceView
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,19 @@ class Barrier(Schedule):
 
     def commits(self, run: RunView, touched: Sequence[ModuleKey], now_s: float) -> list[Commit]:
         """A commit for each module of which nobody is awaited any more, in order of source."""
-        ready = []
+        ready: list[Commit] = []
+        arrivals: dict[SourceId, Arrival] = {}
+        sources: tuple[SourceId, ...] = ()
+        weights: tuple[float, ...] = ()
         for key in touched:
             module = run.modules[key]
-            if not module.awaited:
-                sources = tuple(sorted(module.arrivals))
-                weights = tuple(module.arrivals[source].examples for source in sources)
-                ready.append(Commit(module=key, round=module.round, sources=sources, weights=weights))
+            if module.awaited:
+                continue
+            if module.arrivals != arrivals:  # those of one path are most often alike
+                arrivals = module.arrivals
+                sources = tuple(sorted(arrivals))
+                weights = tuple(arrivals[source].examples for source in sources)
+            ready.append(Commit(module=key, round=module.round, sources=sources, weights=weights))
         return ready
 
     def _drops(self, run: RunView, source: SourceView) -> bool:

@@ -9,23 +9,19 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import torch
-from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from diloco.messages import Shape, State
+from diloco.checkpoint import SHARDED, Empty
+from diloco.messages import State
 from diloco.workers import World
-
-META = "state.json"  # what in the state is no tensor
-Empty = Callable[[str, Shape, torch.dtype], Tensor]  # name, shape, dtype -> what to read a tensor into
 
 
 def write(folder: str, state: State, world: World) -> dict[str, str]:
@@ -34,16 +30,10 @@ def write(folder: str, state: State, world: World) -> dict[str, str]:
         storage = HuggingFaceStorageWriter(str(local), save_distributed=True)
         save(dict(state.tensors), storage_writer=storage, process_group=world.checkpoints)
         if world.rank == 0:
-            (local / META).write_text(json.dumps(state.meta))
-        mine = [local / META] if world.rank == 0 else []
+            (local / SHARDED).write_text(json.dumps(state.meta))
+        mine = [local / SHARDED] if world.rank == 0 else []
         mine += local.glob(f"shard-{world.rank + 1:05d}-*")
         return {path.name: _digest(path) for path in mine}
-
-
-def exists(folder: str) -> bool:
-    """Whether `write` wrote there."""
-    fs, plain = fsspec.core.url_to_fs(folder)
-    return bool(fs.exists(f"{plain}/{META}"))
 
 
 def read(folder: str, empty: Empty) -> State:
@@ -58,7 +48,7 @@ def read(folder: str, empty: Empty) -> State:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each reads for itself
             load(tensors, storage_reader=reader, no_dist=True)
-        return State(tensors=tensors, meta=json.loads((local / META).read_text()))
+        return State(tensors=tensors, meta=json.loads((local / SHARDED).read_text()))
 
 
 @contextmanager

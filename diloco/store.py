@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 
+from diloco import buffers
 from diloco.codec import Codec, Float32
 from diloco.merge import Merge
 from diloco.messages import (
@@ -26,20 +28,30 @@ from diloco.messages import (
 )
 from diloco.outer import OuterOptimizer
 
+Key: TypeAlias = tuple[int, SourceId]  # round and source
 MEASURED_SOURCES = 8  # pairwise cosines of at most so many contributions, so that their cost stays linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """An outer step that was taken."""
+
+    commit: Commit
+    chosen: list[tuple[Contribution, Verdict]]
+    before: Tensors
 
 
 @dataclass(kw_only=True)
 class _Module:
     """One module: float32 master values and outer state, whatever the dtype of compute (pitfall L11)."""
 
-    values: Tensors
+    snapshot: Snapshot  # of the newest version
+    values: Tensors  # the snapshot's own memory, which is never written to once a version is there
     outer: Tensors
-    version: int = 0
-    inbox: dict[tuple[int, SourceId], Contribution] = field(default_factory=dict)  # by (round, source); still encoded
-    verdicts: dict[tuple[int, SourceId], Verdict] = field(default_factory=dict)
-    snapshot: Snapshot | None = None  # encoded once per version
-    last: tuple[Commit, list[Contribution], Snapshot] | None = None  # kept until it is measured
+    inbox: dict[Key, Contribution] = field(default_factory=dict)  # still encoded
+    verdicts: dict[Key, Verdict] = field(default_factory=dict)
+    draft: tuple[Payload, Tensors] | None = None  # a copy of the values, for the next step to be taken on
+    last: _Step | None = None  # kept until it is measured
 
 
 class ModuleStore:
@@ -56,9 +68,9 @@ class ModuleStore:
     def fill(self, snapshots: Iterable[Snapshot]) -> None:
         """Take these modules as the starting values, with fresh outer state."""
         for snapshot in snapshots:
-            values = self._down.decode(snapshot.payload)
+            payload, values = self._copy(self._down.view(snapshot.payload))
             self._modules[snapshot.module] = _Module(
-                values=values, outer=self._outer.init(values), version=snapshot.version
+                snapshot=replace(snapshot, payload=payload), values=values, outer=self._outer.init(values)
             )
 
     def push(self, contribution: Contribution) -> Verdict:
@@ -84,35 +96,41 @@ class ModuleStore:
         bits, whatever the order of arrival.
         """
         module = self._modules[commit.module]
-        chosen = [module.inbox[commit.round, source] for source in commit.sources]
-        before = self._encoded(commit.module)
-        merged = self._merge.combine((self._codec.view(c.payload) for c in chosen), commit.weights)
+        keys = [(commit.round, source) for source in commit.sources]
+        chosen = [(module.inbox[key], module.verdicts[key]) for key in keys]
+        merged = self._merge.combine((self._codec.view(c.payload) for c, _ in chosen), commit.weights)
         if commit.scale != 1.0:
             torch._foreach_mul_(list(merged.values()), commit.scale)
+        module.last = _Step(commit=commit, chosen=chosen, before=module.values)
+        payload, module.values = module.draft or self._copy(module.values)
+        module.draft = None
         self._outer.step(module.values, merged, module.outer)
-        module.version += 1
-        module.last = (commit, chosen, before)
-        module.snapshot = None
+        module.snapshot = replace(module.snapshot, version=module.snapshot.version + 1, payload=payload)
         for round_, source in [key for key in module.verdicts if key[0] <= commit.round]:
             module.inbox.pop((round_, source), None)
             del module.verdicts[round_, source]
-        return module.version
+        return module.snapshot.version
 
     def pull(self, have: Mapping[ModuleKey, int | None]) -> list[Snapshot]:
         """Snapshots of the asked modules; a module of which the receiver has the newest version is left out."""
-        return [self._encoded(key) for key, version in have.items() if version != self._modules[key].version]
+        newest = {key: self._modules[key].snapshot for key in have}
+        return [snapshot for key, snapshot in newest.items() if have[key] != snapshot.version]
 
     def keys(self) -> list[ModuleKey]:
         """The modules held here."""
         return list(self._modules)
 
     def measure(self) -> list[CommitStats]:
-        """Norms and dot products of the last commits, each told once; asked off the way of a round."""
+        """Norms and dot products of the last commits, each told once; asked off the way of a round.
+
+        Also prepares what the next outer step is taken on.
+        """
         measured = []
-        for key, module in self._modules.items():
+        for module in self._modules.values():
             if module.last is not None:
-                measured.append(self._stats(key, module, *module.last))
+                measured.append(self._stats(module, module.last))
                 module.last = None
+                module.draft = self._copy(module.values)
         return measured
 
     def state(self) -> dict[ModuleKey, State]:
@@ -121,7 +139,7 @@ class ModuleStore:
 
     def load_state(self, states: Mapping[ModuleKey, State]) -> None:
         """Hold exactly what `state()` gave."""
-        self._modules = {key: _module_from(key, state) for key, state in states.items()}
+        self._modules = {key: self._module_from(key, state) for key, state in states.items()}
 
     def outer_digests(self) -> dict[str, str]:
         """SHA-256 of each outer state tensor, by name; the names say which parameter it belongs to."""
@@ -150,28 +168,43 @@ class ModuleStore:
             attempt=contribution.attempt,
         )
 
-    def _encoded(self, key: ModuleKey) -> Snapshot:
-        module = self._modules[key]
-        if module.snapshot is None:
-            payload = self._down.encode(module.values)
-            module.snapshot = Snapshot(module=key, version=module.version, base_version=None, payload=payload)
-        return module.snapshot
+    def _copy(self, values: Tensors) -> tuple[Payload, Tensors]:
+        """A payload with these values, and its memory as tensors that may be written to until it is given out."""
+        payload = self._down.encode(values)
+        return payload, self._down.view(payload)
 
-    def _stats(
-        self, key: ModuleKey, module: _Module, commit: Commit, chosen: Sequence[Contribution], before: Snapshot
-    ) -> CommitStats:
-        old = self._down.view(before.payload)
-        update_square = sum(_dot(step, step) for step in (value - old[n] for n, value in module.values.items()))
-        deltas = [self._codec.view(c.payload) for c in chosen[:MEASURED_SOURCES]]
-        gram = [[sum(_dot(a[n], b[n]) for n in a) for b in deltas[: i + 1]] for i, a in enumerate(deltas)]
+    def _stats(self, module: _Module, step: _Step) -> CommitStats:
+        scratch = buffers.flat(max(value.numel() for value in module.values.values()))
+        update_square = 0.0
+        for name, value in module.values.items():
+            update = torch.sub(value, step.before[name], out=scratch[: value.numel()].view(value.shape))
+            update_square += _dot(update, update)
+        measured = step.chosen[:MEASURED_SOURCES]
+        deltas = [self._codec.view(contribution.payload) for contribution, _ in measured]
+        gram = [[0.0] * len(measured) for _ in measured]
+        for i, (_, verdict) in enumerate(measured):
+            gram[i][i] = verdict.norm**2
+        for i, j in itertools.combinations(range(len(measured)), 2):
+            gram[i][j] = gram[j][i] = sum(_dot(value, deltas[j][name]) for name, value in deltas[i].items())
         return CommitStats(
-            module=key,
-            round=commit.round,
-            version=module.version,
+            module=step.commit.module,
+            round=step.commit.round,
+            version=module.snapshot.version,
             update_square=update_square,
-            sources=commit.sources,
-            gram=tuple(tuple(gram[max(i, j)][min(i, j)] for j in range(len(gram))) for i in range(len(gram))),
+            sources=step.commit.sources,
+            gram=tuple(map(tuple, gram)),
         )
+
+    def _module_from(self, key: ModuleKey, state: State) -> _Module:
+        found = {n.removeprefix("values/"): t for n, t in state.tensors.items() if n.startswith("values/")}
+        payload, values = self._copy(found)
+        module = _Module(
+            snapshot=Snapshot(module=key, version=state.meta["version"], base_version=None, payload=payload),
+            values=values,
+            outer={n.removeprefix("outer/"): t for n, t in state.tensors.items() if n.startswith("outer/")},
+        )
+        module.inbox, module.verdicts = _inbox_from(key, state)
+        return module
 
 
 def _norm(tensors: Tensors) -> float:
@@ -205,22 +238,19 @@ def _module_state(module: _Module) -> State:
             }
         )
     verdicts = [[v.source, v.round, v.finite, v.shape_ok, v.norm, v.attempt] for v in module.verdicts.values()]
-    return State(tensors=tensors, meta={"version": module.version, "inbox": inbox, "verdicts": verdicts})
+    return State(tensors=tensors, meta={"version": module.snapshot.version, "inbox": inbox, "verdicts": verdicts})
 
 
-def _module_from(key: ModuleKey, state: State) -> _Module:
-    module = _Module(
-        values={n.removeprefix("values/"): t for n, t in state.tensors.items() if n.startswith("values/")},
-        outer={n.removeprefix("outer/"): t for n, t in state.tensors.items() if n.startswith("outer/")},
-        version=state.meta["version"],
-    )
+def _inbox_from(key: ModuleKey, state: State) -> tuple[dict[Key, Contribution], dict[Key, Verdict]]:
+    inbox: dict[Key, Contribution] = {}
+    verdicts: dict[Key, Verdict] = {}
     for index, entry in enumerate(state.meta["inbox"]):
         payload = Payload(
             codec=entry["codec"],
             header=entry["header"].encode(),
             body=state.tensors[f"inbox/{index}"].numpy(),
         )
-        module.inbox[entry["round"], entry["source"]] = Contribution(
+        inbox[entry["round"], entry["source"]] = Contribution(
             module=key,
             source=entry["source"],
             island=entry["island"],
@@ -230,7 +260,7 @@ def _module_from(key: ModuleKey, state: State) -> _Module:
             payload=payload,
         )
     for source, round_, finite, shape_ok, norm, attempt in state.meta["verdicts"]:
-        module.verdicts[round_, source] = Verdict(
+        verdicts[round_, source] = Verdict(
             module=key, source=source, round=round_, finite=finite, shape_ok=shape_ok, norm=norm, attempt=attempt
         )
-    return module
+    return inbox, verdicts

@@ -151,6 +151,8 @@ class _Session:
         try:
             stop, final = self._drive(writer, display)
             result = self._conclude(stop, final, writer.elapsed_s)
+            if final.sample:
+                writer.write({"event": "sample", "round": self._view.round, "text": final.sample})
             writer.write({"event": "end", "round": self._view.round, "status": stop.status})
             _show(display, result, final)
             return result
@@ -165,7 +167,8 @@ class _Session:
         coordinator = Coordinator(schedule=self._config.schedule, run=self._view)
         for note in self._notes:
             writer.write({"event": "warning", "round": self._view.round, "message": note})
-        writer.write({"event": "start", "round": self._view.round, **self._environment})
+        defaults = configuration.defaults_of_changed(self._config)
+        writer.write({"event": "start", "round": self._view.round, **self._environment, "defaults": defaults})
         stop: Stop | None = None
         counters, before_s, start_s = self._view.counters, self._view.counters.train_s, time.monotonic()
         event: Event = Started(now_s=self._backend.now_s())

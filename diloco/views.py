@@ -9,13 +9,13 @@ from typing import Any
 from diloco.messages import Commit, IslandId, ModuleKey, Modules, Report, ShardId, SlotName, SourceId, Task
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """A sound contribution that waits for its commit."""
+    """A sound contribution that waits for its commit; one record for all modules that it is to."""
 
     examples: float  # its weight
     tokens: int  # trained on for it
-    norm: float
+    norm: float  # over all those modules
 
 
 @dataclass(kw_only=True)
@@ -160,6 +160,12 @@ class RunView:
     counters: Counters = field(default_factory=Counters)
     round: int = 0  # rounds that all modules have committed
 
+    def __post_init__(self) -> None:
+        # Kept, so that nothing need look through all islands to find those that share a module.
+        self._paths_through: dict[ModuleKey, list[int]] = {}
+        for index, key in ((index, key) for index, path in enumerate(self.paths) for key in path.values()):
+            self._paths_through.setdefault(key, []).append(index)
+
     def begin(self, modules: Modules, islands: int) -> None:
         """A run at its start: source i contributes for island i, reads shard i and trains path i modulo paths."""
         self.modules = {key: ModuleView() for key in modules.shards}
@@ -171,6 +177,7 @@ class RunView:
         Sources not seen before start at the present round's position.
         """
         self.islands.clear()
+        self._islands_on: list[list[IslandView]] = [[] for _ in self.paths]
         for index in range(islands):
             source = SourceId(index)
             if source not in self.sources:
@@ -181,12 +188,14 @@ class RunView:
                     round=self.round,
                     position=self.round * self.inner_steps,
                 )
-            self.islands[IslandId(index)] = IslandView(island=IslandId(index), source=source)
+            self.islands[IslandId(index)] = island = IslandView(island=IslandId(index), source=source)
+            self._islands_on[self.sources[source].path].append(island)
         self.sources = {source: view for source, view in self.sources.items() if source < islands}
         for key, module in self.modules.items():
             module.awaited &= self.sources.keys()
-            for view in self.sources.values():
-                if view.round <= module.round < self.rounds and self._holds(view, key):
+            lent = [island.source for path in self._paths_through[key] for island in self._islands_on[path]]
+            for view in map(self.sources.__getitem__, lent):
+                if view.round <= module.round < self.rounds:
                     view.round = module.round  # it may have been away for some rounds
                     module.awaited.add(view.source)
 
@@ -194,33 +203,33 @@ class RunView:
         """Which module fills which slot for `source`."""
         return self.paths[source.path]
 
-    def open_round(self, key: ModuleKey) -> None:
-        """Await all living islands whose path holds the module, for its present round."""
-        module = self.modules[key]
-        if module.round == self.rounds:
-            return
-        for island in self.islands.values():
-            source = self.sources[island.source]
-            if island.alive and self._holds(source, key):
-                module.awaited.add(source.source)
-                if not source.work:
-                    source.round = module.round  # also one that came back and waited
-
-    def _holds(self, source: SourceView, key: ModuleKey) -> bool:
-        return self.path_of(source).get(SlotName(key.rpartition("/")[0])) == key
+    def open_rounds(self, keys: Sequence[ModuleKey]) -> None:
+        """Await all living islands whose path holds a module, for its present round."""
+        alike: dict[tuple[int, tuple[int, ...]], list[ModuleKey]] = {}
+        for key in keys:
+            alike.setdefault((self.modules[key].round, tuple(self._paths_through[key])), []).append(key)
+        for (round_, paths), group in alike.items():
+            if round_ == self.rounds:
+                continue
+            alive = [island.source for path in paths for island in self._islands_on[path] if island.alive]
+            for key in group:
+                self.modules[key].awaited.update(alive)
+            for source in (self.sources[name] for name in alive if not self.sources[name].work):
+                source.round = round_  # also one that came back and waited
 
     def commit(self, commits: Sequence[Commit]) -> None:
         """The modules took these steps, or ended their round without one; their next round opens."""
         self.counters.outer_steps += any(commit.sources for commit in commits)
-        tokens = {s: self.modules[c.module].arrivals[s].tokens for c in commits for s in c.sources}
+        distinct = {commit.sources: self.modules[commit.module].arrivals for commit in commits}
+        tokens = {source: arrivals[source].tokens for sources, arrivals in distinct.items() for source in sources}
         self.counters.accepted += len(tokens)
         self.counters.tokens += sum(tokens.values())
         for commit in commits:
             module = self.modules[commit.module]
             module.version += bool(commit.sources)
             module.round, module.rejected, module.dropped = module.round + 1, 0, 0
-            module.arrivals.clear()
-            self.open_round(commit.module)
+            module.arrivals = {}
+        self.open_rounds([commit.module for commit in commits])
 
     def bare_task(self, island: IslandId, source: SourceView) -> Task:
         """A task that installs, trains and sends nothing: to evaluate, or to save what the source has."""
@@ -249,9 +258,7 @@ class RunView:
 
     def checkpoint_name(self) -> str:
         """`round-000005` between rounds; with the furthest step where some sources are within one."""
-        steps = 0
-        for source in self.sources.values():
-            steps = max(steps, source.done if source.round == self.round else self.inner_steps)
+        steps = max(s.done if s.round == self.round else self.inner_steps for s in self.sources.values())
         between = all(source.done == 0 and source.round == self.round for source in self.sources.values())
         return f"round-{self.round:06d}" + ("" if between else f"-steps-{steps:06d}")
 
@@ -260,11 +267,11 @@ class RunView:
         for source in self.sources.values():
             source.lose()
             source.round, source.position = self.round, self.round * self.inner_steps
-        for key, module in self.modules.items():
+        for module in self.modules.values():
             module.round, module.rejected, module.dropped = self.round, 0, 0
             module.arrivals.clear()
             module.awaited.clear()
-            self.open_round(key)
+        self.open_rounds(list(self.modules))
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps: progress, not settings."""

@@ -73,6 +73,10 @@ class Workload(ABC):
     def export(self, model: nn.Module, corpus: Corpus, folder: Path) -> None:
         """Write the model for use elsewhere into the existing, empty `folder`."""
 
+    def num_parameters(self) -> int:
+        """About how many the model has, where that is cheap to tell: memory is set aside by it. 0 = unknown."""
+        return 0
+
     def sample(self, model: nn.Module, corpus: Corpus, prompt: str, *, tokens: int, seed: int) -> str:
         """`prompt` and what the model writes after it; an empty one is chosen here. Empty where there is no text."""
         return ""

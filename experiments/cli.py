@@ -1,4 +1,4 @@
-"""The command `diloco`: train, export, sample and doctor."""
+"""The command `diloco`: train, report, export, sample and doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from experiments.entry import FINISHED, INTERRUPTED, Parser
 ABOUT = "Train one model on islands of machines that seldom talk, and use what came out."
 COMMANDS = {
     "train": "run an experiment: diloco train +experiment=quickstart islands=4; see diloco train --help",
+    "report": "draw what came out of a run, of several side by side, or of a sweep, as one HTML page",
     "export": "write the trained model as a folder that transformers loads",
     "sample": "let the trained model write",
     "doctor": "what this machine or cluster can run, and what is missing",
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         match arguments.command:
+            case "report":
+                return _report(arguments.runs, arguments.to)
             case "export":
                 return _export(arguments.run, arguments.to)
             case "sample":
@@ -48,6 +51,15 @@ def _parser() -> Parser:
     subparsers = {
         name: commands.add_parser(name, help=text, description=_about(text)) for name, text in COMMANDS.items()
     }
+    subparsers["report"].add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+", help="directory of a run or a sweep, such as runs/latest"
+    )
+    subparsers["report"].add_argument(
+        "--to",
+        metavar="DIR",
+        type=Path,
+        help="folder for the page; default RUN/report, or a new one in runs/ for several",
+    )
     for name in ("export", "sample"):
         subparsers[name].add_argument("run", metavar="RUN", type=Path, help="directory of a run, such as runs/latest")
     subparsers["export"].add_argument("--to", metavar="DIR", type=Path, required=True, help="a new or empty folder")
@@ -68,6 +80,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
+
+
+def _report(runs: Sequence[Path], folder: Path | None) -> int:
+    from diloco.report import default_folder, write_report
+
+    print(write_report(runs, folder or default_folder(runs)))
+    return FINISHED
 
 
 def _export(run: Path, folder: Path) -> int:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+
+from diloco import Result
+from diloco.inner import AdamW
+from diloco.runtime.ray_cluster import RayCluster
+from tests.toy import Line, launch
+
+ROOT = Path(__file__).resolve().parents[1]
+# In a worker nothing of the tests is imported but what `imports` names; it travels by Ray's py_modules.
+BASE: dict[str, Any] = {"imports": ["tests.toy"], "inner": AdamW(lr=0.01), "workload": Line(dropout=0.3)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,3 +41,34 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "runs"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    """One Ray for most tests of this file: a run uses that to which its process is connected, and leaves it running."""
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=200 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    yield
+    ray.shutdown()
+
+
+Start = Callable[..., Result]
+
+
+@pytest.fixture
+def start(one_ray: None, runs: Path) -> Start:
+    """A run on that Ray; `folder` in `runs`."""
+
+    def run(folder: str, **settings: Any) -> Result:
+        found = launch(runs / folder, **{**BASE, "runtime": RayCluster(tick_s=0.2), **settings})
+        assert ray.is_initialized()
+        return found
+
+    return run

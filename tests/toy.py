@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from diloco import Result, RunConfig, train
@@ -126,6 +127,24 @@ class Perceptron(nn.Module):
         return self.last(self.dropout(self.norm(torch.tanh(self.first(x)))))
 
 
+class Deep(nn.Module):
+    """Blocks, and parameters outside them: one with a single row, and one that is not trained."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, 7)
+        self.layers = nn.ModuleList([nn.Sequential(nn.LayerNorm(7), nn.Linear(7, 7), nn.Tanh()) for _ in range(blocks)])
+        self.scale = nn.Parameter(torch.ones(1))
+        self.frozen = nn.Parameter(torch.full((3,), 0.1), requires_grad=False)
+        self.leave = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.leave(x) * self.scale + self.frozen.sum()
+
+
 @dataclass(kw_only=True)
 class Line(Workload):
     """Regression on random points: a different shard has different points."""
@@ -133,11 +152,12 @@ class Line(Workload):
     dropout: float = 0.0
     batch_size: int = 8
     examples: int = 1000
+    blocks: int = 0  # of a deeper model
 
     def build_model(self, seed: int) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return Perceptron(self.dropout)
+            return Deep(self.blocks) if self.blocks else Perceptron(self.dropout)
 
     def corpus(self, data: Data, *, seed: int, shards: int) -> Corpus:
         return ToyCorpus(shards, [self.examples] * shards)
@@ -211,12 +231,14 @@ class Signalling(Line):
     gate: str = ""
     gate_shard: int = 0
     gate_step: int = -1
+    at_worker: int = 0  # of the island
 
     def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
         if (shard, step) == (self.gate_shard, self.gate_step):
             wait_for(Path(self.gate).exists)
         path = Path(self.file)
-        if (shard, step) == (self.at_shard, self.at_step) and path.is_file():
+        worker = dist.get_rank() if dist.is_initialized() else 0
+        if (shard, step, worker) == (self.at_shard, self.at_step, self.at_worker) and path.is_file():
             process = int(path.read_text() or os.getpid())
             path.unlink()
             os.kill(process, self.number)

@@ -12,7 +12,6 @@ from torch import nn
 
 from diloco.codec import Codec
 from diloco.events import CommitAll, Event, Measure, Push, Respawn, Run
-from diloco.fsdp2 import Fsdp2
 from diloco.inner import Inner
 from diloco.island import Island
 from diloco.merge import Merge
@@ -89,7 +88,11 @@ class Job:
     def _make_replica(self, model: nn.Module, world: World) -> Replica:
         if world.size == 1:  # has all of the model whatever the kind
             return Single(model, world)
-        return Ddp(model, world) if self.replica is ReplicaKind.ddp else Fsdp2(model, world)
+        if self.replica is ReplicaKind.ddp:
+            return Ddp(model, world)
+        from diloco.fsdp2 import Fsdp2  # a second of imports that others need not
+
+        return Fsdp2(model, world)
 
     def make_store(self) -> ModuleStore:
         """One shard of the store, empty."""

@@ -37,7 +37,7 @@ from diloco.runtime.base import Backend, Final, Job, Runtime, placed
 from diloco.runtime.ray_actors import spawn_shard
 from diloco.runtime.ray_island import RayIsland
 from diloco.runtime.ray_refs import Pending, Ref, died, get, get_all, raise_errors, short
-from diloco.runtime.ray_start import connect
+from diloco.runtime.ray_start import connect, disconnect
 
 MAX_FAILED_STARTS = 3
 
@@ -47,14 +47,15 @@ class RayCluster(Runtime):
     """Ray actors: on the cluster at `address` or RAY_ADDRESS where there is one, else on this machine."""
 
     address: str = ""
-    tick_s: float = 1.0  # how often the coordinator hears of the time when nothing else happens
-    object_store_bytes: int = 1 << 30  # where Ray is started here; kept small, since untouched memory is slow
+    tick_s: float = 1.0  # how often the coordinator hears of the time
+    object_store_bytes: int = 0  # where Ray is started here; 0 = what a few rounds need
 
     def __post_init__(self) -> None:
         if not self.tick_s > 0:
             raise ValueError(f"runtime.tick_s={self.tick_s} must be positive")
-        if self.object_store_bytes < 80 << 20:
-            raise ValueError(f"runtime.object_store_bytes={self.object_store_bytes} is less than 80 MiB")
+        if self.object_store_bytes != 0 and self.object_store_bytes < 80 << 20:
+            given = f"runtime.object_store_bytes={self.object_store_bytes}"
+            raise ValueError(f"{given} is too small; give at least 80 MiB, or 0 to derive it")
 
     def open(self, job: Job) -> Backend:
         """Connects, or starts Ray; refuses more islands than can be placed."""
@@ -199,7 +200,7 @@ class RayBackend(Backend):
         for shard in self._shards:
             ray.kill(shard)
         if self._shut_down:
-            ray.shutdown()
+            disconnect()
 
     # --- inside ---
 

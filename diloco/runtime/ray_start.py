@@ -13,10 +13,15 @@ import ray
 import torch
 from ray.exceptions import AuthenticationError
 
+from diloco.runtime import reaper
 from diloco.runtime.base import Job
 
 PROCESS_BYTES = 600 << 20  # what an island's imports and a small model take at least
 PLACEMENT_WAIT_S = 15.0  # for what a run that just ended still holds
+KEPT_ROUNDS = 3  # of which the object store has room: the present one, the last, and what is being evaluated
+LEAST_STORE_BYTES = 256 << 20
+LARGE_STORE_BYTES = 1 << 30  # for models of unknown size; preallocating it takes .6 s of the start
+MOST_OF_MEMORY = 0.3
 
 
 def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
@@ -45,7 +50,10 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
             raise
         return True
     _check_machine(job)
-    os.environ.setdefault("RAY_preallocate_plasma_memory", "1")
+    reaper.watch()
+    object_store_bytes = object_store_bytes or _a_few_rounds_bytes(job)
+    # Memory is slow when it is touched for the first time; but much of it takes long to start with.
+    os.environ.setdefault("RAY_preallocate_plasma_memory", str(int(object_store_bytes <= LARGE_STORE_BYTES)))
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves islands beside any other busy process
     ray.init(
         address="local",
@@ -59,10 +67,36 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
     return True
 
 
+def disconnect() -> None:
+    """Leave the cluster that `connect` connected to; a Ray that it started ends."""
+    ray.shutdown()
+    reaper.release()
+
+
+def _a_few_rounds_bytes(job: Job) -> int:
+    """What the contributions and snapshots of some rounds take; small, since a small store is a fast one."""
+    parameters = job.workload.num_parameters()
+    if not parameters:
+        return LARGE_STORE_BYTES
+    round_bytes = 4 * parameters * (job.islands + 1)
+    most = int(_memory_bytes() * MOST_OF_MEMORY)
+    if round_bytes > most:
+        print(
+            f"a round's {round_bytes >> 20} MiB do not fit into Ray's object store of {most >> 20} MiB here, so that"
+            " Ray will write to disk; use a cluster or fewer islands",
+            file=sys.stderr,
+        )
+    return min(max(KEPT_ROUNDS * round_bytes, LEAST_STORE_BYTES), most)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _check_machine(job: Job) -> None:
     workers = sum(job.workers)
     others = job.shards + 1
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = _memory_bytes()
     if (workers + others) * PROCESS_BYTES > memory:
         fits = max(memory // PROCESS_BYTES - others, 0)
         raise ValueError(

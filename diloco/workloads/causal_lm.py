@@ -58,6 +58,12 @@ class CausalLM(Workload):
         assert isinstance(model, nn.Module)
         return model.train()
 
+    def num_parameters(self) -> int:
+        """Of a preset, or of a folder by the size of its weights, as if they were saved in 16 bits."""
+        if self.model in PRESETS:
+            return PRESETS[self.model].num_parameters()
+        return sum(path.stat().st_size for path in Path(self.model).glob("*.safetensors")) // 2
+
     def corpus(self, data: Data, *, seed: int, shards: int) -> TokenCorpus:
         """Prepare or open the corpus, with the model's tokenizer where `data` names none.
 

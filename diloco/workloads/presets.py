@@ -17,12 +17,20 @@ class Preset:
     vocab_size: int = 32_000
     max_positions: int = 4096  # rotary positions cost no memory
 
+    def num_parameters(self) -> int:
+        """How many, the embedding once."""
+        attention, feed_forward = 4 * self.heads * self.head_size, 3 * self._feed_forward()
+        return self.width * (self.vocab_size + self.layers * (attention + feed_forward + 2) + 1)
+
+    def _feed_forward(self) -> int:
+        return round(self.width / 3) * 8  # 8/3 of the width, in multiples of 8
+
     def llama_settings(self) -> dict[str, Any]:
         """Keyword arguments of transformers.LlamaConfig."""
         return {
             "num_hidden_layers": self.layers,
             "hidden_size": self.width,
-            "intermediate_size": round(self.width / 3) * 8,  # 8/3 of the width, in multiples of 8
+            "intermediate_size": self._feed_forward(),
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.heads,
             "head_dim": self.head_size,

@@ -1,0 +1,1 @@
+"""Measurements of what the project promises, each against its reference in the same run."""

@@ -73,9 +73,10 @@ def test_commands_on_a_finished_run(folder: Path) -> None:
     assert entry.main(["+experiment=smoke", *SMALL, "inner_steps=2"]) == 0
     for command in commands():
         words = shlex.split(command)
-        if words[0] == "diloco" and words[1] in ("sample", "export"):
+        if words[0] == "diloco" and words[1] in ("report", "sample", "export"):
             assert cli.main(words[1:]) == 0, command
     assert (folder / "exported" / "config.json").is_file()
+    assert (folder / "runs" / "latest" / "report" / "index.html").is_file()
 
 
 def test_resume_command_goes_on(folder: Path) -> None:

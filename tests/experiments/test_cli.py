@@ -1,4 +1,4 @@
-"""The other commands of `diloco`: export, sample and doctor."""
+"""The other commands of `diloco`: report, export, sample and doctor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"], ["export", "-h"], ["doctor", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["sample", "--help"], ["export", "-h"], ["report", "-h"], ["doctor", "-h"]]
+)
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -33,7 +35,7 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["export", "runs/x"], ["sample", "x", "--prompt", "", "--tokens", "0"]]
+    "arguments", [[], ["fly"], ["export", "runs/x"], ["report"], ["sample", "x", "--prompt", "", "--tokens", "0"]]
 )
 def test_what_argparse_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -71,6 +73,45 @@ def test_export_is_the_same_from_a_checkpoint(here: Path, capsys: pytest.Capture
     assert "no complete checkpoint" in capsys.readouterr().err and not Path("new").exists()
 
 
+def test_report_of_a_run_a_sweep_and_both(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *LINE, "name=alone"]) == 0
+    assert main(["train", "-m", "outer.lr=0.1,0.7", "name=swept", *LINE]) == 0
+    (alone,) = Path("runs").glob("*_alone")
+    for arguments, words in (
+        (["report", str(alone)], ("validation: from ", "Settings that differ from the defaults")),
+        (["report", "runs/latest"], ("(best)", "outer.lr=0.7")),
+        (["report", "runs/latest", str(alone), "--to", "both"], ("(best)", "3 runs")),
+        (["report", "runs/latest", str(alone)], ("(best)", "3 runs")),
+    ):
+        capsys.readouterr()
+        assert main(arguments) == 0
+        page = Path(capsys.readouterr().out.rstrip("\n"))
+        assert page.name == "index.html" and all(word in page.read_text() for word in words)
+        assert {"bytes.png", "contributions.png"} < {path.name for path in page.parent.iterdir()}
+    assert page.parent.parent == here / "runs" and page.parent.name.endswith("_report")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "nowhere is not a directory; give that of a run or a sweep, such as runs/latest"),
+        (["."], "is not the directory of a run or a sweep"),
+        (["empty"], "empty is a sweep without any run"),
+        (["run", "--to", "file"], "file cannot be written to"),
+    ],
+)
+def test_report_says_what_is_wrong(
+    here: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, name in ("empty", "sweep.csv"), ("run", "metrics.jsonl"):
+        (here / folder).mkdir()
+        (here / folder / name).touch()
+    (here / "file").touch()
+    assert main(["report", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.splitlines()) == 1
+
+
 def test_a_sweep_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "-m", "seed=1,2", *LINE]) == 0
     assert main(["export", "runs/latest", "--to", "new"]) == 2
@@ -96,6 +137,10 @@ def test_sample_and_export_of_a_language_model(here: Path, capsys: pytest.Captur
     assert main(["sample", "runs/latest", "--prompt", "10 green", "--tokens", "8", "--seed", "1"]) == 0
     assert capsys.readouterr().out == texts[0]
     assert main(["export", "runs/latest", "--to", "model"]) == 0
+    capsys.readouterr()
+    assert main(["report", "runs/latest"]) == 0  # with the text that the run wrote at its end
+    assert capsys.readouterr().out == "runs/latest/report/index.html\n"
+    assert "Samples" in Path("runs/latest/report/index.html").read_text()
     assert AutoTokenizer.from_pretrained("model")("green")["input_ids"]
     assert AutoModelForCausalLM.from_pretrained("model").num_parameters() > 10**6
 

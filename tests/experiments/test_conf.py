@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from diloco.config import GROUPS, SINGLE, RunConfig, choice_of
+from diloco.config import GROUPS, SINGLE, RunConfig, choice_of, defaults_of_changed
+from diloco.inner import Sgd
 from experiments.composition import Request, experiments, named, single
 
 FOLDER = files("experiments.conf") / "experiment"
@@ -39,6 +40,12 @@ def test_it_composes_and_is_known_by_its_name(name: str) -> None:
     config = single(Request(overrides=(f"+experiment={name}",))).config
     assert isinstance(config, RunConfig)
     assert config.experiment == config.name == name
+
+
+def test_the_defaults_of_what_a_command_changes() -> None:
+    config = single(Request(overrides=("islands=3", "inner=sgd", "inner.lr=0.5", "metrics.wandb=offline"))).config
+    usual = {"inner": "adamw", "islands": 2, "inner.lr": Sgd().lr, "metrics.wandb": "off"}
+    assert defaults_of_changed(config) == usual and defaults_of_changed(RunConfig()) == {}
 
 
 @pytest.mark.parametrize("name", NAMES)

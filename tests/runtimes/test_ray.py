@@ -2,64 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from diloco import Result, RunConfig
+from diloco import RunConfig
 from diloco.checkpoint import Checkpoint, CheckpointFolder
 from diloco.config import to_yaml
-from diloco.inner import AdamW
 from diloco.metrics import Metrics
 from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
 from diloco.runtime.ray_refs import Pending
-from tests.toy import Line, Signalling, WithBatchNorm, digests, launch, records, wait_for, warned
+from tests.conftest import BASE, Start
+from tests.toy import Signalling, WithBatchNorm, digests, launch, records, wait_for, warned
 
 ROOT = Path(__file__).resolve().parents[2]
-# In a worker nothing of the tests is imported but what `imports` names; it travels by Ray's py_modules.
-BASE: dict[str, Any] = {"imports": ["tests.toy"], "inner": AdamW(lr=0.01), "workload": Line(dropout=0.3)}
-
-
-@pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
-    """One Ray for most tests of this file: a run uses that to which its process is connected, and leaves it running."""
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=200 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
-    yield
-    ray.shutdown()
-
-
-Start = Callable[..., Result]
-
-
-@pytest.fixture
-def start(one_ray: None, runs: Path) -> Start:
-    """A run on that Ray; `folder` in `runs`."""
-
-    def run(folder: str, **settings: Any) -> Result:
-        found = launch(runs / folder, **{**BASE, "runtime": RayCluster(tick_s=0.2), **settings})
-        assert ray.is_initialized()
-        return found
-
-    return run
 
 
 def told(directory: Path) -> dict[tuple[Any, ...], tuple[Any, ...]]:
@@ -266,19 +230,6 @@ def test_a_lone_island_that_is_killed_goes_on_from_its_checkpoint(start: Start, 
     assert found.summary["tokens"] == expected.summary["tokens"]
 
 
-MARK = "DILOCO_TEST_FOLDER"  # set in the environment of a driver, and so in that of all that it starts
-
-
-def marked(folder: str) -> list[int]:
-    """The processes that a driver with this mark started, and that still run."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):  # it is gone, or somebody else's
-            if f"{MARK}={folder}".encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return found
-
-
 DRIVER = """
 import os, sys
 from pathlib import Path
@@ -306,12 +257,9 @@ def test_a_killed_driver_is_resumed_as_if_it_never_was(start: Start, runs: Path)
     config.write_text(to_yaml(RunConfig(**given, metrics=Metrics(live=False))))
     command = [sys.executable, "-c", DRIVER, str(config), str(runs / "run"), str(flag)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {"PYTHONPATH": str(ROOT), MARK: str(runs)}
+    environment |= {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    for process in marked(str(runs)):  # idle workers wait a minute for their Ray to come back
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
     assert not flag.exists()
     assert CheckpointFolder(str(runs / "run" / "checkpoints")).names() == ["round-000002"]
     expected = launch(runs / "local", **{**BASE, **settings})

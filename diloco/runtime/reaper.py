@@ -1,0 +1,65 @@
+"""Ends what a Ray that was started by a driver leaves behind when the driver is killed. Runs as a process of its own.
+
+Ray's processes see by themselves that their driver is gone, but some that were just starting only after a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+MARK = "DILOCO_DRIVER"  # in the environment of all that a driver starts
+GRACE_S = 5.0  # for Ray to end by itself
+LIMIT_S = 20.0  # processes that are still being started appear for some seconds
+
+
+_running: list[subprocess.Popen[bytes]] = []  # none or one
+
+
+def watch() -> None:
+    """Mark this process and what it starts from now on, and start the reaper."""
+    if not _running:
+        os.environ[MARK] = mark = f"{os.getpid()}-{uuid.uuid4().hex}"
+        # It reads a pipe of which only this process has the other end, and hears no Ctrl-C of the terminal.
+        command = [sys.executable, "-S", __file__, mark]
+        _running.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
+
+
+def release() -> None:
+    """Ray was shut down: nothing is left to be ended."""
+    while _running:
+        _running.pop().communicate(b"done")
+
+
+def marked(mark: str) -> list[int]:
+    """Ray's processes with this mark."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it is gone, or somebody else's
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                command = (folder / "cmdline").read_bytes()
+                if command.startswith(b"ray::") or b"/ray/" in command:
+                    found.append(int(folder.name))
+    return found
+
+
+def main(mark: str) -> None:
+    """Wait for the driver's end, and then for that of its Ray."""
+    if sys.stdin.buffer.read():
+        return
+    time.sleep(GRACE_S)
+    for _ in range(int(LIMIT_S)):
+        for process in marked(mark):
+            with suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(1.0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,164 @@
+"""Events a second that the coordinator handles, and what a task costs it with few and with many islands.
+
+The benchmark plays the runtime: it answers each `Run` with `Finished`, each `Push` with `Received` (a verdict for
+each module that the task sent), each `Measure` with `Committed`. Only `Coordinator.handle` is timed, in seconds of
+this process's CPU, which is all it uses. A task here is a whole round of one island, the dearest kind: two events,
+a push of all its modules, and its share of the round's commit.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diloco.coordinator import Coordinator
+from diloco.events import Committed, Event, Finished, Measure, Push, Received, Run, Started
+from diloco.messages import EVALUATOR, ModuleKey, Modules, Report, SlotName, Task, Verdict
+from diloco.schedule import Barrier
+from diloco.views import RunView
+from experiments.benchmarks import common
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What some whole rounds cost."""
+
+    events: int
+    tasks: int
+    seconds: float
+    slowest_s: float  # the dearest event: the one that ends a round
+
+
+class Game:
+    """A coordinator and its made-up runtime; what it is asked for is answered in a random order."""
+
+    def __init__(self, *, islands: int, modules: int, modules_per_path: int) -> None:
+        layout = _modules(modules, modules_per_path)
+        self._view = RunView(
+            seed=0,
+            rounds=10**9,
+            inner_steps=1,
+            segment_steps=0,
+            eval_every=0,
+            save_every=0,
+            paths=layout.paths,
+            shard_examples=[1] * islands,
+        )
+        self._view.begin(layout, islands)
+        self._coordinator = Coordinator(schedule=Barrier(), run=self._view)
+        self._asked: list[Run | Push | Measure] = []
+        self._random = random.Random(0)
+        self._now_s = 0.0
+        self._handle(Started(now_s=0.0))
+
+    def play(self, rounds: int) -> Block:
+        """Answer in any order until so many rounds more are committed."""
+        events = tasks = 0
+        seconds = slowest_s = 0.0
+        until = self._view.round + rounds
+        while self._view.round < until:
+            index = self._random.randrange(len(self._asked))
+            self._asked[index], self._asked[-1] = self._asked[-1], self._asked[index]
+            command = self._asked.pop()
+            spent_s = self._handle(self._answer(command))
+            events, seconds, slowest_s = events + 1, seconds + spent_s, max(slowest_s, spent_s)
+            tasks += isinstance(command, Push)
+        return Block(events=events, tasks=tasks, seconds=seconds, slowest_s=slowest_s)
+
+    def _handle(self, event: Event) -> float:
+        start_s = time.process_time()
+        commands = self._coordinator.handle(event)
+        spent_s = time.process_time() - start_s
+        self._asked.extend(command for command in commands if isinstance(command, Run | Push | Measure))
+        return spent_s
+
+    def _answer(self, command: Run | Push | Measure) -> Event:
+        self._now_s += 0.001
+        match command:
+            case Run(task=task):
+                return Finished(now_s=self._now_s, report=_report(task))
+            case Push(task=task):
+                return Received(
+                    now_s=self._now_s, source=task.source, round=task.round, verdicts=_verdicts(task), attempt=0
+                )
+            case Measure():
+                return Committed(now_s=self._now_s, stats=())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status 0, or 2 for bad options."""
+    options = common.parser("coordinator", __doc__.partition("\n")[0])
+    options.add_argument("--islands", type=common.several, default=[10, 100, 1000, 10_000], help="10,100,1000,10000")
+    options.add_argument("--modules", type=common.positive, default=100, help="modules of the store (100)")
+    options.add_argument(
+        "--modules-per-path", type=common.several, default=[100, 10], help="modules that a task sends (100,10)"
+    )
+    options.add_argument("--tasks", type=common.positive, default=4000, help="at least so many tasks a block (4000)")
+    options.add_argument("--blocks", type=common.positive, default=5, help="blocks of each size, in turn (5)")
+    given = options.parse_args(argv)
+    if given.quick:
+        given.islands, given.modules, given.modules_per_path = [10, 30], 4, [4, 2]
+        given.tasks, given.blocks = 30, 1
+    return common.run(lambda: _measure(given))
+
+
+def _measure(given: Any) -> dict[str, Any]:
+    for width in given.modules_per_path:
+        if given.modules % width:
+            raise ValueError(f"--modules-per-path {width} does not divide --modules {given.modules}")
+        if min(given.islands) * width < given.modules:
+            raise ValueError(f"{min(given.islands)} islands leave modules untrained: --modules-per-path {width} is few")
+    found = {str(width): _of_width(given, width) for width in given.modules_per_path}
+    widest = found[str(max(given.modules_per_path))]
+    return {"benchmark": "coordinator", "modules": given.modules, **widest, "by_modules_per_path": found}
+
+
+def _of_width(given: Any, width: int) -> dict[str, Any]:
+    blocks: dict[int, list[Block]] = {n: [] for n in given.islands}
+    for _ in range(given.blocks):
+        for n, found in blocks.items():
+            # Made anew each time, or the garbage collector would look through all the others with it.
+            game = Game(islands=n, modules=given.modules, modules_per_path=width)
+            game.play(1)
+            found.append(game.play(-(-given.tasks // n)))
+    costs = {n: common.median([b.seconds / b.tasks for b in found]) for n, found in blocks.items()}
+    rates = {n: common.median([b.events / b.seconds for b in found]) for n, found in blocks.items()}
+    for n in blocks:
+        common.show(f"{width} modules a task, {n} islands: {rates[n]:,.0f} events/s, {costs[n] * 1e6:.0f} us a task")
+    return {
+        "modules_per_path": width,
+        "events_per_s": {str(n): rate for n, rate in rates.items()},
+        "lowest_events_per_s": min(rates.values()),
+        "seconds_per_task": {str(n): cost for n, cost in costs.items()},
+        "slowest_event_s": {str(n): common.median([b.slowest_s for b in found]) for n, found in blocks.items()},
+        "cost_ratio": common.rounded(costs[max(costs)] / costs[min(costs)]),
+        "cost_spread": common.rounded(max(costs.values()) / min(costs.values())),
+    }
+
+
+def _modules(modules: int, per_path: int) -> Modules:
+    """`per_path` slots, and as many disjoint paths as make `modules` modules."""
+    slots = [SlotName(f"slot{i}") for i in range(per_path)]
+    paths = tuple({slot: ModuleKey(f"{slot}/{p}") for slot in slots} for p in range(modules // per_path))
+    shards = {key: 0 for path in paths for key in path.values()}
+    return Modules(slots={slot: (f"{slot}.weight",) for slot in slots}, paths=paths, shards=shards)
+
+
+def _report(task: Task) -> Report:
+    metrics = {"eval/loss": 1.0} if task.island == EVALUATOR else {"inner/loss": 1.0, "inner/lr": 1e-3}
+    return Report(task=task, tokens=1, seconds=1.0, waiting_s=0.0, bytes_up=1, bytes_down=1, metrics=metrics)
+
+
+def _verdicts(task: Task) -> tuple[Verdict, ...]:
+    keys = [task.modules[slot] for slot in task.send]
+    return tuple(
+        Verdict(module=key, source=task.source, round=task.round, finite=True, shape_ok=True, norm=1.0) for key in keys
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,106 @@
+"""Directories of runs as train.py leaves them, with figures that can be checked by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+CONFIG = """\
+choices:
+  workload: causal_lm
+  inner: adamw
+name: {name}
+islands: 2
+rounds: 2
+inner:
+  lr: {lr}
+  beta1: 0.9
+"""
+
+
+def start(time_s: float = 1.0, **more: Any) -> dict[str, Any]:
+    versions = {"python": "3.11.7", "torch": "2.13.0"}
+    return {"time_s": time_s, "event": "start", "round": 0, "git_commit": "c0ffee", "versions": versions, **more}
+
+
+def segment(time_s: float, island: int, loss: float | None, **more: Any) -> dict[str, Any]:
+    keys = {"event": "segment", "round": 0, "island": island, "tokens": 100, "seconds": 1.0}
+    return {"time_s": time_s, **keys, "inner/loss": loss, "comm/seconds_waiting": 0.0, **more}
+
+
+def commit(time_s: float, done: int, *, inside: int | None = None, **more: Any) -> dict[str, Any]:
+    totals = {"total/tokens": 200 * done, "total/bytes_up": 1000 * done, "total/bytes_down": 3000 * done}
+    totals |= {} if inside is None else {"total/bytes_inside": inside * done}
+    outer = {"outer/update_norm": 0.5, "outer/contribution_norms": [1.0, 3.0], "outer/cosines": [0.25]}
+    return {"time_s": time_s, "event": "commit", "round": done, **outer, **totals, **more}
+
+
+def evaluation(time_s: float, done: int, loss: float | None) -> dict[str, Any]:
+    return {"time_s": time_s, "event": "evaluation", "round": done, "eval/loss": loss}
+
+
+def records(final: float = 6.0) -> list[dict[str, Any]]:
+    """Two rounds of two islands, in the order in which the coordinator writes them."""
+    return [
+        start(defaults={"inner.lr": 0.0004, "rounds": 10}),
+        evaluation(1.5, 0, 8.0),
+        segment(3.0, 0, 7.0, tokens=100),
+        segment(3.0, 1, 8.0, tokens=300),
+        evaluation(4.0, 1, 7.0),
+        commit(3.5, 1),
+        segment(6.0, 0, 6.0, **{"comm/seconds_waiting": 0.5}),
+        segment(6.5, 1, 7.0, **{"comm/seconds_waiting": 9.0}),
+        commit(7.0, 2),
+        evaluation(8.0, 2, final),
+        {"time_s": 8.5, "event": "checkpoint", "round": 2, "path": "x", "seconds": 0.1},
+        {"time_s": 9.0, "event": "sample", "round": 2, "text": "once upon a time"},
+        {"time_s": 9.0, "event": "end", "round": 2, "status": "finished"},
+    ]
+
+
+def summary(name: str, loss: float = 6.0, **more: Any) -> dict[str, Any]:
+    sent = {"bytes_up": 2000, "bytes_down": 6000, "bytes_data_parallel": 80_000}
+    counts = {"islands": 2, "inner_steps": 5, "rounds": 2, "tokens": 400, "wall_s": 9.0, "tokens_per_s": 44.4}
+    losses = {"initial_val_loss": 8.0, "val_loss": loss, "best_val_loss": loss}
+    environment = {"runtime": "local", "git_commit": "c0ffee", "versions": {"python": "3.11.7", "torch": "2.13.0"}}
+    return {"name": name, "status": "finished", "reason": "", **counts, **losses, **sent, **environment, **more}
+
+
+def write_run(
+    folder: Path,
+    told: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    name: str = "made",
+    lr: float = 0.001,
+    summed: Mapping[str, Any] | None = None,
+) -> Path:
+    """A finished run, or with `told` one of these records; with a summary only if it is given or they end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = records() if told is None else told
+    (folder / "config.yaml").write_text(CONFIG.format(name=json.dumps(name), lr=lr))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    ended = any(record["event"] == "end" for record in found)
+    if summed is not None or ended:
+        (folder / "summary.json").write_text(json.dumps(summed or summary(name)))
+    return folder
+
+
+def write_sweep(folder: Path) -> Path:
+    """Three members: the second is the best, the third refused to begin and has no directory."""
+    rows = []
+    for number, loss in enumerate((6.0, 5.0)):
+        member = f"{number}_inner.lr=0.00{number + 1}"
+        write_run(folder / member, records(loss), lr=(number + 1) / 1000, summed=summary("made", loss))
+        rows.append({"inner.lr": f"0.00{number + 1}", "directory": member, "status": "finished", "reason": ""})
+    rows.append(
+        {"inner.lr": "-1", "directory": "2_inner.lr=-1", "status": "failed", "reason": "inner.lr=-1: too small"}
+    )
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "latest").symlink_to(rows[1]["directory"])
+    return folder

@@ -1,0 +1,94 @@
+"""No process is left behind, however a run with a Ray of its own ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from diloco import RunConfig
+from diloco.config import to_yaml
+from diloco.metrics import Metrics
+from diloco.runtime.ray_cluster import RayCluster
+from tests.toy import Line, WithBatchNorm, records, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "DILOCO_TEST_FOLDER"  # set in the environment of a driver, and so in that of all that it starts
+DRIVER = """
+import sys
+from pathlib import Path
+import tests.toy
+from diloco import train
+from diloco.config import load
+print(train(load(Path(sys.argv[1])), Path(sys.argv[2])).summary["status"])
+"""
+
+
+def marked(folder: Path) -> list[str]:
+    """The command lines of all processes that a driver with this mark started, and that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it is gone, or somebody else's
+            if f"{MARK}={folder}".encode() in path.read_bytes().split(b"\0"):
+                found.append((path.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return [command for command in found if command]  # a zombie has none
+
+
+def drive(folder: Path, **settings: object) -> subprocess.Popen[str]:
+    config = RunConfig(
+        **{"imports": ["tests.toy"], "workload": Line(), "rounds": 3, "inner_steps": 4, **settings},  # type: ignore[arg-type]
+        runtime=RayCluster(tick_s=0.2),
+        metrics=Metrics(live=False),
+    )
+    (folder / "config.yaml").write_text(to_yaml(config))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder / "config.yaml"), str(folder / "run")],
+        env=environment | {"PYTHONPATH": str(ROOT), MARK: str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def training(folder: Path) -> bool:
+    return (folder / "run" / "metrics.jsonl").is_file() and bool(records(folder / "run", "commit"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), [({}, "finished"), ({"workload": WithBatchNorm()}, "batch statistics")], ids=["end", "error"]
+)
+def test_a_run_that_ends_leaves_no_process(tmp_path: Path, settings: dict[str, object], said: str) -> None:
+    driver = drive(tmp_path, **settings)
+    told, _ = driver.communicate(timeout=100)
+    assert said in told
+    wait_for(lambda: not marked(tmp_path), limit_s=5)
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "limit_s"),
+    [
+        (signal.SIGINT, training, 5.0),
+        (signal.SIGKILL, training, 30.0),
+        (signal.SIGKILL, lambda folder: len(marked(folder)) >= 8, 30.0),  # Ray is there, the islands are not
+    ],
+    ids=["ctrl-c", "killed", "killed while starting"],
+)
+def test_a_run_that_is_broken_off_leaves_no_process(
+    tmp_path: Path, number: int, moment: Callable[[Path], bool], limit_s: float
+) -> None:
+    with drive(tmp_path, rounds=100_000) as driver:
+        wait_for(lambda: moment(tmp_path))
+        assert len(marked(tmp_path)) >= 8
+        driver.send_signal(number)
+        driver.wait(timeout=60)
+    start_s = time.monotonic()
+    wait_for(lambda: not marked(tmp_path), limit_s=limit_s)
+    assert time.monotonic() - start_s < limit_s
