@@ -49,6 +49,8 @@ def run_sweep(members: Sequence[Member]) -> int:
     finally:
         if rows:
             _show(directory, columns(members), rows)
+    if members[0].name:
+        _report(directory)
     return FINISHED if all(row["status"] == "finished" for row in rows) else FAILED
 
 
@@ -111,6 +113,13 @@ def _show(directory: Path, varying: Sequence[str], rows: Sequence[Row]) -> None:
         console.width = 500  # no line is cut or folded where nobody looks at it on a screen
     console.print(table(varying, rows))
     print(f"{directory / FILE}", flush=True)
+
+
+def _report(directory: Path) -> None:
+    """The page and the plots of a comparison; a sweep's are made by `diloco report`."""
+    from diloco.report import default_folder, write_report
+
+    print(write_report([directory], default_folder([directory])), flush=True)
 
 
 def table(varying: Sequence[str], rows: Sequence[Row]) -> Table:

@@ -111,5 +111,7 @@ def test_members_run_one_after_the_other_into_one_directory(capsys: pytest.Captu
     assert [row["directory"] for row in rows] == ["0_plain", "1_slow-start"]
     assert all(row["status"] == "finished" and row["seed"] == "1" for row in rows)
     assert rows[0]["tokens"] == rows[1]["tokens"]
+    assert {"index.html", "comparison.png"} <= {path.name for path in (directory / "report").iterdir()}
     said = capsys.readouterr().out
+    assert said.splitlines()[-1] == str(directory / "report" / "index.html")
     assert "run 2 of 2: slow start" in said and "member" in said
