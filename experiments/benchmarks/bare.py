@@ -39,6 +39,11 @@ class Settings:
     in_ray: bool = False  # in a worker of Ray, whose imports then take as much memory as an island's
 
     @property
+    def side(self) -> str:
+        """What this side is called."""
+        return "bare_in_ray" if self.in_ray else "bare"
+
+    @property
     def steps(self) -> int:
         """All of them; the last block is there to end the one before."""
         return (self.blocks + 1) * self.block_steps
@@ -57,7 +62,7 @@ class Settings:
 def side(settings: Settings) -> Side:
     """The plain loop, in a process of its own."""
     command = [sys.executable, "-m", "experiments.benchmarks.bare", json.dumps(asdict(settings))]
-    return Side(command, folder=Path(settings.folder), side="bare", members=1, environment={})
+    return Side(command, folder=Path(settings.folder), side=settings.side, members=1, environment={})
 
 
 def island(settings: Settings, *, shards: int) -> Side:
@@ -88,9 +93,9 @@ def island(settings: Settings, *, shards: int) -> Side:
 
 
 def train(settings: Settings) -> None:
-    """The loop. Writes the loss of each step to `bare.json`."""
+    """The loop. Writes the loss of each step to `bare.json`, or `bare_in_ray.json`."""
     torch.set_num_threads(settings.threads)
-    pace = Pace(folder=settings.folder, side="bare", block_steps=settings.block_steps)
+    pace = Pace(folder=settings.folder, side=settings.side, block_steps=settings.block_steps)
     workload = CausalLM(model=settings.model)
     corpus = workload.corpus(settings.data(), seed=0, shards=1)
     model: Any = workload.build_model(seed=0)
@@ -109,7 +114,7 @@ def train(settings: Settings) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(total))
-    (Path(settings.folder) / "bare.json").write_text(json.dumps(losses))
+    (Path(settings.folder) / f"{settings.side}.json").write_text(json.dumps(losses))
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:

@@ -85,7 +85,7 @@ def _measure(given: Any) -> dict[str, Any]:
         finally:
             for side in sides:
                 side.close()
-    return _figures(given, found["ours"], found["bare"])
+    return _figures(given, found["ours"], found["bare_in_ray"])
 
 
 def _watched(sides: Sequence[Side], settings: bare.Settings) -> dict[str, dict[str, int]]:

@@ -57,7 +57,7 @@ def test_coordinator(tmp_path: Path) -> None:
 def test_inner_loop(tmp_path: Path) -> None:
     found = figures("inner_loop", folder=tmp_path)
     assert found["ratio"] > 0 and found["cpu_ratio"] > 0
-    assert found["tokens_per_s"] > 0 and found["bare_tokens_per_s"] > 0
+    assert found["tokens_per_s"] > 0 and min(found["bare_tokens_per_s"].values()) > 0
     assert found["loss_difference"] < 1e-4  # the two did the same work
 
 
