@@ -85,7 +85,8 @@ class RunConfig:
             if self.data.batch % parts:
                 raise ValueError(
                     f"workers={workers} with data.accumulation={self.data.accumulation} do not divide"
-                    f" data.batch={self.data.batch}, an island's sequences a step; use a multiple of {parts}"
+                    f" data.batch={self.data.batch}, an island's sequences a step; use a multiple of {parts},"
+                    " or fewer workers"
                 )
         if self.replica is ReplicaKind.fsdp2 and isinstance(self.layout, Whole) and not self.layout.patterns:
             self.layout = replace(self.layout, keep_blocks=True)

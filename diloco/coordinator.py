@@ -116,7 +116,7 @@ class Coordinator:
             return []  # fenced: it was given up for lost, and its work was given out again
         self._queue(island, -1)
         source.trained(report)
-        self.run.counters.count(report)
+        self.run.counters.count(report, lone=len(self.run.islands) == 1)
         commands: list[Command] = [] if task.steps == 0 else [records.segment(report)]
         if "inner/fresh_state" in report.metrics:
             commands.append(records.fresh_state(task, self.run.round))

@@ -60,7 +60,7 @@ class Display:
                 self._islands.setdefault(int(_amount(record, "island")), {}).update(record)
             case "commit":
                 self._round = int(_amount(record, "round"))
-                self._sent_bytes = _amount(record, "total/bytes_up") + _amount(record, "total/bytes_down")
+                self._sent_bytes = _amount(record, "total/bytes_sent")
                 self._commits.append((self._round, self._now[0], _amount(record, "total/tokens")))
                 self._say(self._commit_line(), show=self._live is None)
             case "evaluation":
@@ -232,8 +232,8 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
     wall = format_duration(_amount(summary, "wall_s"))
     speed = f"{format_count(_amount(summary, 'tokens_per_s'))} a second"
     rows += [("tokens", f"{format_count(_amount(summary, 'tokens'))}, {speed}"), ("wall time", wall)]
-    sent = _amount(summary, "bytes_up") + _amount(summary, "bytes_down")
-    rows.append(("bytes sent", format_bytes(sent)))
+    sent, inside = _amount(summary, "bytes_sent"), _amount(summary, "bytes_inside")
+    rows.append(("bytes sent", format_bytes(sent) + (f", {format_bytes(inside)} between workers" if inside else "")))
     parallel = _amount(summary, "bytes_data_parallel")
     if sent > 0 and parallel > 0:
         more = f"{sent / parallel:.3g} times more than" if sent > parallel else f"{parallel / sent:.3g} times less than"

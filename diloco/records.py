@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from diloco.counters import Counters
 from diloco.events import Committed, Joined, Log, Lost, Received, Saved
 from diloco.messages import Report, SourceId, Task, Verdict
-from diloco.views import Counters
 
 
 def committed(event: Committed, counters: Counters) -> Log:
@@ -33,6 +33,7 @@ def committed(event: Committed, counters: Counters) -> Log:
         "total/bytes_up": counters.bytes_up,
         "total/bytes_down": counters.bytes_down,
         "total/bytes_inside": counters.bytes_inside,
+        "total/bytes_sent": counters.bytes_sent,
         "total/seconds_waiting": counters.waiting_s,
     }
     return Log(record=record)

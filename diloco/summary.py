@@ -7,8 +7,8 @@ import json
 import math
 from pathlib import Path
 
+from diloco.counters import Counters
 from diloco.runtime.base import Final
-from diloco.views import Counters
 
 
 def bytes_data_parallel(parameters: int, counters: Counters, islands: int) -> int:
@@ -41,6 +41,7 @@ def outcome(counters: Counters, *, islands: int, parameters: int, wall_s: float)
         "bytes_up": counters.bytes_up,
         "bytes_down": counters.bytes_down,
         "bytes_inside": counters.bytes_inside,
+        "bytes_sent": counters.bytes_sent,
         "bytes_data_parallel": bytes_data_parallel(parameters, counters, islands),
         "contributions": {"accepted": counters.accepted, "rejected": counters.rejected, "late": counters.late},
         "islands_lost": counters.islands_lost,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from diloco.counters import Counters
 from diloco.messages import Commit, IslandId, ModuleKey, Modules, Report, ShardId, SlotName, SourceId, Task
 
 
@@ -100,46 +101,6 @@ class IslandView:
     source: SourceId
     alive: bool = True
     queued: int = 0  # tasks given out and not finished
-
-
-@dataclass(kw_only=True)
-class Counters:
-    """What the summary needs of the whole history of a run, also over resumes."""
-
-    tokens: int = 0  # behind committed contributions only
-    outer_steps: int = 0
-    accepted: int = 0
-    rejected: int = 0
-    late: int = 0
-    islands_lost: int = 0
-    islands_joined: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    bytes_inside: int = 0  # between the workers of islands
-    inner_steps: int = 0  # finished, over all islands
-    inner_s: float = 0.0  # spent in them
-    waiting_s: float = 0.0
-    train_s: float = 0.0  # wall seconds from the first task to the last event, kept by who drives the run
-    initial_val_loss: float | None = None
-    val_loss: float | None = None
-    best_val_loss: float | None = None
-    evaluated_round: int = -1
-
-    def count(self, report: Report) -> None:
-        """An island's finished task."""
-        self.inner_steps += report.task.steps
-        self.inner_s += report.seconds
-        self.waiting_s += report.waiting_s
-        self.bytes_up += report.bytes_up
-        self.bytes_down += report.bytes_down
-        self.bytes_inside += report.bytes_inside
-
-    def count_evaluation(self, round_: int, loss: float) -> None:
-        """The global weights' validation loss after `round_` rounds."""
-        self.val_loss, self.evaluated_round = loss, round_
-        if round_ == 0:
-            self.initial_val_loss = loss
-        self.best_val_loss = loss if self.best_val_loss is None else min(loss, self.best_val_loss)
 
 
 @dataclass(kw_only=True)

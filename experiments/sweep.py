@@ -148,8 +148,7 @@ def _figures(row: Row, is_best: bool) -> list[str]:
     """What stands under FIGURES."""
     loss, perplexity = _number(row, "val_loss"), _number(row, "perplexity")
     tokens, speed = _number(row, "tokens"), _number(row, "tokens_per_s")
-    sent = [_number(row, key) for key in ("bytes_up", "bytes_down")]
-    inside = _number(row, "bytes_inside") or 0.0  # between the workers of islands that have several
+    sent = _number(row, "bytes_sent")
     wall_s = _number(row, "wall_s")
     return [
         "-" if loss is None else f"{loss:.4f}",
@@ -157,7 +156,7 @@ def _figures(row: Row, is_best: bool) -> list[str]:
         "-" if perplexity is None else f"{perplexity:,.1f}",
         "-" if tokens is None else format_count(tokens),
         "-" if speed is None else format_count(speed),
-        "-" if sent[0] is None or sent[1] is None else format_bytes(sent[0] + sent[1] + inside),
+        "-" if sent is None else format_bytes(sent),
         "-" if wall_s is None else format_duration(wall_s),
     ]
 

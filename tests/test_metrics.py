@@ -41,6 +41,7 @@ SUMMARY: dict[str, object] = {
     "wall_s": 93.2,
     "bytes_up": 37_000_000,
     "bytes_down": 37_000_000,
+    "bytes_sent": 74_000_000,
     "bytes_data_parallel": 3_100_000_000,
     "run_directory": "runs/2026_quickstart",
     "export": "runs/2026_quickstart/export",
@@ -62,6 +63,7 @@ def segment(island: int, loss: float | None) -> dict[str, object]:
 
 def commit(rounds_done: int) -> dict[str, object]:
     sent = {"total/bytes_up": rounds_done * 2e6, "total/bytes_down": rounds_done * 1e6}
+    sent |= {"total/bytes_sent": rounds_done * 3e6}
     return {"event": "commit", "round": rounds_done, "total/tokens": rounds_done * 4096, **sent}
 
 

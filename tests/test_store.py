@@ -241,6 +241,25 @@ def test_a_snapshot_is_encoded_once_for_each_version() -> None:
     assert np.array_equal(flat(Float32().decode(first.payload)), flat(tensors(100)))  # not written over by the step
 
 
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_snapshot_that_was_given_out_never_changes(measured: bool) -> None:
+    """Nor does it matter whether the copy for the next step was made ahead."""
+    store, bodies, kept = make_store(), [], []
+    for round_ in range(4):
+        kept += store.pull({KEY: None})
+        bodies.append(kept[-1].payload.body.copy())
+        store.push(contribution(tensors(round_), round_=round_))
+        store.commit(commit(0, round_=round_))
+        if measured:
+            store.measure()
+    assert [snapshot.version for snapshot in kept] == [0, 1, 2, 3]
+    assert [snapshot.payload.body.tobytes() for snapshot in kept] == [body.tobytes() for body in bodies]
+    plain, momentum = Float32().decode(kept[0].payload), {n: torch.zeros_like(t) for n, t in tensors(0).items()}
+    for round_ in range(3):
+        Nesterov().step(plain, tensors(round_), {f"momentum/{n}": value for n, value in momentum.items()})
+    assert Float32().encode(plain).body.tobytes() == bodies[3].tobytes()
+
+
 def test_who_has_the_newest_version_gets_nothing() -> None:
     store = make_store()
     assert store.pull({KEY: 0}) == []

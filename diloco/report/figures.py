@@ -87,7 +87,7 @@ def _losses(
     unit, seconds = time_unit(max((p.time_s for line in points for p in line), default=0.0))
     axes: list[tuple[str, Axis, Callable[[Point], float]]] = [
         ("against tokens", Axis(label="tokens", unit="", zero=True), lambda p: p.tokens),
-        ("against bytes sent", SENT, lambda p: p.sent_bytes),
+        ("against bytes sent", SENT, lambda p: p.bytes_sent),
         ("against wall time", Axis(label=f"wall time ({unit})", zero=True), lambda p: p.time_s / seconds),
     ]
     known = [p.loss for line in points for p in line]
@@ -96,7 +96,7 @@ def _losses(
     panels = []
     for title, axis, x in axes:
         # What came before the first byte has no place on a scale of bytes.
-        lines = [_loss_line(key, [p for p in line if axis is not SENT or p.sent_bytes > 0], x)
+        lines = [_loss_line(key, [p for p in line if axis is not SENT or p.bytes_sent > 0], x)
                  for key, line in zip(names, points, strict=True)]  # fmt: skip
         mark = _data_parallel(runs) if axis is SENT else None
         panels.append(Chart(title=title, x=axis, y=loss, lines=lines, mark=mark, tell_last=tell_last).panel())

@@ -35,15 +35,11 @@ class Commit(NamedTuple):
     bytes_up: float
     bytes_down: float
     bytes_inside: float  # between the workers within islands
+    bytes_sent: float  # between those who are far apart: of a lone island also its workers
     norms: tuple[float, ...]
     cosines: tuple[float, ...]
     update_norm: float | None
     segments: int  # how many the file had told of by then
-
-    @property
-    def sent_bytes(self) -> float:
-        """All that went over any network."""
-        return self.bytes_up + self.bytes_down + self.bytes_inside
 
 
 class Evaluation(NamedTuple):
@@ -169,6 +165,7 @@ def _commit(record: Mapping[str, Any], time_s: float, segments: int) -> Commit:
         bytes_up=amount(record, "total/bytes_up"),
         bytes_down=amount(record, "total/bytes_down"),
         bytes_inside=amount(record, "total/bytes_inside"),
+        bytes_sent=amount(record, "total/bytes_sent"),
         norms=_numbers(record.get("outer/contribution_norms")),
         cosines=_numbers(record.get("outer/cosines")),
         update_norm=number(record, "outer/update_norm"),

@@ -137,7 +137,7 @@ def _summary(runs: Sequence[Run], begun: Sequence[Run]) -> str:
 def _tiles(run: Run) -> str:
     summary = run.summary
     before, after = number(summary, "initial_val_loss"), run.val_loss
-    sent, parallel = tables.sent_bytes(run), amount(summary, "bytes_data_parallel")
+    sent, parallel = number(summary, "bytes_sent"), amount(summary, "bytes_data_parallel")
     ratio = tables.against_data_parallel(run)
     use = number(summary, "compute_utilization")
     speed = number(summary, "tokens_per_s")

@@ -186,7 +186,7 @@ def _so_far(config: Mapping[str, Any], told: History) -> dict[str, Any]:
     if told.commits:
         last = told.commits[-1]
         found |= {"rounds": last.round, "tokens": last.tokens, "bytes_up": last.bytes_up, "bytes_down": last.bytes_down}
-        found |= {"bytes_inside": last.bytes_inside} if last.bytes_inside else {}
+        found |= {"bytes_inside": last.bytes_inside, "bytes_sent": last.bytes_sent}
     return found
 
 

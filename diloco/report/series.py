@@ -22,7 +22,7 @@ class Point(NamedTuple):
 
     round: int
     tokens: float
-    sent_bytes: float
+    bytes_sent: float
     time_s: float
     loss: float
 
@@ -75,8 +75,8 @@ def validation(history: History) -> list[Point]:
         if evaluation.loss is not None:
             done = bisect_right(rounds, evaluation.round)
             commit = newest[rounds[done - 1]] if done else None
-            tokens, sent_bytes = (commit.tokens, commit.sent_bytes) if commit else (0.0, 0.0)
-            points.append(Point(evaluation.round, tokens, sent_bytes, evaluation.time_s, evaluation.loss))
+            tokens, bytes_sent = (commit.tokens, commit.bytes_sent) if commit else (0.0, 0.0)
+            points.append(Point(evaluation.round, tokens, bytes_sent, evaluation.time_s, evaluation.loss))
     return points
 
 
@@ -89,7 +89,7 @@ def training(history: History) -> list[Point]:
         tokens = sum(weight for _, weight in told)
         if tokens > 0:
             loss = sum(loss * weight for loss, weight in told) / tokens
-            points.append(Point(commit.round, commit.tokens, commit.sent_bytes, commit.time_s, loss))
+            points.append(Point(commit.round, commit.tokens, commit.bytes_sent, commit.time_s, loss))
     return points
 
 
@@ -99,7 +99,7 @@ def traffic(history: History) -> list[Traffic]:
     found, before = [], (0.0, 0.0, 0.0)
     for round_, commit in sorted(newest.items()):
         now = (commit.bytes_up, commit.bytes_down, commit.bytes_inside)
-        found.append(Traffic(round_, commit.sent_bytes, *(new - old for new, old in zip(now, before, strict=True))))
+        found.append(Traffic(round_, commit.bytes_sent, *(new - old for new, old in zip(now, before, strict=True))))
         before = now
     return found
 

@@ -18,15 +18,9 @@ MOST_OF_A_VALUE = 120  # characters of a setting
 ENVIRONMENT = ("runtime", "git_commit", "versions", "data_sha256", "weights_sha256")
 
 
-def sent_bytes(run: Run) -> float | None:
-    """Up and down: what compares with data parallel."""
-    up, down = number(run.summary, "bytes_up"), number(run.summary, "bytes_down")
-    return None if up is None or down is None else up + down
-
-
 def against_data_parallel(run: Run) -> str:
     """How many times less, or more, than data parallel would have sent for the same steps."""
-    sent, parallel = sent_bytes(run), number(run.summary, "bytes_data_parallel")
+    sent, parallel = number(run.summary, "bytes_sent"), number(run.summary, "bytes_data_parallel")
     if not sent or not parallel:
         return NONE
     return f"{parallel / sent:.3g} times less" if sent <= parallel else f"{sent / parallel:.3g} times more"
@@ -50,10 +44,6 @@ def _figure(key: str, form: Callable[[float], str]) -> Callable[[Run], str]:
     return lambda run: NONE if (value := number(run.summary, key)) is None else form(value)
 
 
-def _sent(run: Run) -> str:
-    return NONE if (sent := sent_bytes(run)) is None else format_bytes(sent)
-
-
 def _contributions(run: Run) -> str:
     told = run.summary.get("contributions")
     return " / ".join(str(told.get(key, NONE)) for key in ("accepted", "rejected", "late")) if told else NONE
@@ -69,7 +59,7 @@ FIGURES: Mapping[str, Callable[[Run], str]] = {
     "lowest": _figure("best_val_loss", loss_text),
     "before": _figure("initial_val_loss", loss_text),
     "perplexity": lambda run: perplexity(run.val_loss),
-    "bytes sent": _sent,
+    "bytes sent": _figure("bytes_sent", format_bytes),
     "up": _figure("bytes_up", format_bytes),
     "down": _figure("bytes_down", format_bytes),
     "inside islands": _figure("bytes_inside", format_bytes),

@@ -54,8 +54,7 @@ class RayCluster(Runtime):
         if not self.tick_s > 0:
             raise ValueError(f"runtime.tick_s={self.tick_s} must be positive")
         if self.object_store_bytes != 0 and self.object_store_bytes < 80 << 20:
-            given = f"runtime.object_store_bytes={self.object_store_bytes}"
-            raise ValueError(f"{given} is too small; give at least 80 MiB, or 0 to derive it")
+            raise ValueError(f"runtime.object_store_bytes={self.object_store_bytes} is below 80 MiB; 0 derives it")
 
     def open(self, job: Job) -> Backend:
         """Connects, or starts Ray; refuses more islands than can be placed."""

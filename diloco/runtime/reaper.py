@@ -16,7 +16,7 @@ from pathlib import Path
 
 MARK = "DILOCO_DRIVER"  # in the environment of all that a driver starts
 GRACE_S = 5.0  # for Ray to end by itself
-LIMIT_S = 20.0  # processes that are still being started appear for some seconds
+QUIET_S = 5.0  # processes that are still being started appear for some seconds
 
 
 _running: list[subprocess.Popen[bytes]] = []  # none or one
@@ -54,11 +54,13 @@ def main(mark: str) -> None:
     if sys.stdin.buffer.read():
         return
     time.sleep(GRACE_S)
-    for _ in range(int(LIMIT_S)):
+    seen_s = time.monotonic()
+    while time.monotonic() - seen_s < QUIET_S:
         for process in marked(mark):
+            seen_s = time.monotonic()
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)
-        time.sleep(1.0)
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,18 @@ def test_no_element_is_lost_whatever_the_sizes(row: Row, shapes: dict[str, Shape
         assert bool((error <= row.relative_error * tensors[name].double().abs()).all())
 
 
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@given(shapes=LAYOUTS, seed=st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_a_difference_is_encoded_to_the_same_bytes(row: Row, shapes: dict[str, Shape], seed: int) -> None:
+    anchor, local = make(shapes, seed), make(shapes, seed + 1)
+    parameters = {name: torch.nn.Parameter(value) for name, value in local.items()}
+    found = row.codec.encode_difference(dict(reversed(anchor.items())), {n: p.detach() for n, p in parameters.items()})
+    expected = row.codec.encode({name: anchor[name] - local[name] for name in shapes})
+    assert (found.codec, found.header) == (expected.codec, expected.header)
+    assert found.body.tobytes() == expected.body.tobytes()
+
+
 def test_the_body_is_one_buffer_of_the_promised_size(row: Row) -> None:
     tensors = make({"a": (300, 7), "b": (), "c": (0, 4)}, 0)
     payload = row.codec.encode(tensors)

@@ -1,46 +1,120 @@
-"""The benchmarks of learning in their quick form: that they run, and what their last line has. No figure is judged."""
+"""The benchmarks in their smallest sizes: they end, and say what they should. No time is asserted."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from experiments.benchmarks import ablations, lab, learning
-from experiments.benchmarks.lab import Order
+from experiments.benchmarks import coordinator, inner_loop, memory, outer_round, peers
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = {"coordinator": coordinator, "inner_loop": inner_loop, "memory": memory, "outer_round": outer_round}
+starts_ray = pytest.mark.timeout(300)  # twenty seconds on a free machine
 
 
-def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
-    found: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+def run(name: str, *options: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", f"experiments.benchmarks.{name}", *options]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.run(
+        command,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def figures(name: str, *options: str, folder: Path) -> dict[str, Any]:
+    """The last line of a quick run, which leaves nothing where it was started."""
+    done = run(name, "--quick", *options, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.iterdir())
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert found["benchmark"] == name
     return found
 
 
-def test_both_print_their_figures_and_share_what_was_trained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert learning.main(["--quick", "--to", str(tmp_path)]) == 0
-    result = last_line(capsys)
-    names = set(learning.methods(lab.Lab(tmp_path, lab.QUICK), {}))
-    assert set(result["losses"]) == set(result["mean"]) == names  # type: ignore[call-overload]
-    assert set(result["orders"]) == set(learning.ORDERS)  # type: ignore[call-overload]
-    assert all({"threshold", "per_seed", "holds"} == set(found) for found in result["orders"].values())  # type: ignore[attr-defined]
-    written = {path.name for path in (tmp_path / "learning").iterdir()}
-    assert written == {"config.yaml", "environment.json", "metrics.csv", "result.json", "table.md"}
-
-    before = {path.name for path in tmp_path.glob("seed*")}
-    assert ablations.main(["--quick", "--to", str(tmp_path)]) == 0
-    assert set(last_line(capsys)["orders"]) == set(ablations.ORDERS)  # type: ignore[call-overload]
-    more = {path.name for path in tmp_path.glob("seed*")} - before
-    assert len(more) == len(ablations.METHODS) - 1  # one worker was there
+def test_coordinator(tmp_path: Path) -> None:
+    found = figures("coordinator", folder=tmp_path)
+    assert found["cost_ratio"] > 0 and found["cost_spread"] >= 1
+    assert set(found["by_modules_per_path"]) == {"4", "2"}
+    for width in found["by_modules_per_path"].values():
+        for key in ("events_per_s", "seconds_per_task", "slowest_event_s"):
+            assert set(width[key]) == {"10", "30"}
+            assert all(value > 0 for value in width[key].values())
 
 
-def test_an_order_holds_only_where_it_does_in_every_seed() -> None:
-    losses = {"a": [1.0, 1.0], "b": [1.25, 1.5]}
-    assert Order(better="a", worse="b", threshold=0.25).judge(losses) == {
-        "threshold": 0.25,
-        "per_seed": [0.25, 0.5],
-        "holds": True,
-    }
-    assert Order(better="a", worse="b", threshold=0.3).judge(losses)["holds"] is False
-    assert Order(better="b", worse="a", threshold=-0.5).judge(losses)["holds"] is True
+@starts_ray
+def test_inner_loop(tmp_path: Path) -> None:
+    found = figures("inner_loop", folder=tmp_path)
+    assert found["ratio"] > 0 and found["cpu_ratio"] > 0
+    assert found["tokens_per_s"] > 0 and found["bare_tokens_per_s"] > 0
+    assert found["loss_difference"] < 1e-4  # the two did the same work
+
+
+@starts_ray
+def test_memory(tmp_path: Path) -> None:
+    found = figures("memory", folder=tmp_path)
+    assert found["extra_bytes"] == found["island_uss_bytes"] - found["bare_uss_bytes"]
+    assert found["allowed_bytes"] == round(1.1 * 4 * (found["parameters"] + found["largest_slot"]))
+    assert found["ratio"] == pytest.approx(found["extra_bytes"] / found["allowed_bytes"], rel=1e-5)
+
+
+@starts_ray
+def test_outer_round_alone(tmp_path: Path) -> None:
+    found = figures("outer_round", "--alone", folder=tmp_path)
+    assert found["islands"]["2"]["ours_s"] > 0
+
+
+@starts_ray
+@pytest.mark.skipif(find_spec("torchft") is None, reason="torchft is an optional extra")
+def test_outer_round(tmp_path: Path) -> None:
+    found = figures("outer_round", folder=tmp_path)
+    assert found["ratio"] == found["islands"]["2"]["ratio"] > 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], name: str, *options: str) -> str:
+    """What is said of options that cannot be: one line, with exit status 2."""
+    try:
+        status: Any = BENCHMARKS[name].main(options)
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr()
+    assert (status, said.out, len(said.err.splitlines())) == (2, "", 1), said
+    return said.err
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("options", (["--blocks", "0"], ["--blocks", "x"], ["--nonsense"], ["extra"]))
+def test_bad_options(name: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"benchmarks.{name} --help" in refused(capsys, name, *options)
+
+
+def test_options_that_do_not_fit_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "does not divide" in refused(capsys, "coordinator", "--modules", "10", "--modules-per-path", "3")
+    few = refused(capsys, "coordinator", "--islands", "2", "--modules", "10", "--modules-per-path", "1")
+    assert "2 islands leave modules untrained" in few
+    assert "does not divide" in refused(capsys, "inner_loop", "--batch", "3", "--accumulation", "2")
+    assert "at least 2" in refused(capsys, "inner_loop", "--steps", "1")
+
+
+def test_a_missing_peer_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    assert "pip install torchft" in refused(capsys, "outer_round", "--quick")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        BENCHMARKS[name].main(["--help"])
+    assert ended.value.code == 0
+    assert "--quick" in capsys.readouterr().out

@@ -33,6 +33,7 @@ def segment(time_s: float, island: int, loss: float | None, **more: Any) -> dict
 
 def commit(time_s: float, done: int, *, inside: int | None = None, **more: Any) -> dict[str, Any]:
     totals = {"total/tokens": 200 * done, "total/bytes_up": 1000 * done, "total/bytes_down": 3000 * done}
+    totals |= {"total/bytes_sent": (4000 + (inside or 0)) * done}
     totals |= {} if inside is None else {"total/bytes_inside": inside * done}
     outer = {"outer/update_norm": 0.5, "outer/contribution_norms": [1.0, 3.0], "outer/cosines": [0.25]}
     return {"time_s": time_s, "event": "commit", "round": done, **outer, **totals, **more}
@@ -62,7 +63,7 @@ def records(final: float = 6.0) -> list[dict[str, Any]]:
 
 
 def summary(name: str, loss: float = 6.0, **more: Any) -> dict[str, Any]:
-    sent = {"bytes_up": 2000, "bytes_down": 6000, "bytes_data_parallel": 80_000}
+    sent = {"bytes_up": 2000, "bytes_down": 6000, "bytes_sent": 8000, "bytes_data_parallel": 80_000}
     counts = {"islands": 2, "inner_steps": 5, "rounds": 2, "tokens": 400, "wall_s": 9.0, "tokens_per_s": 44.4}
     losses = {"initial_val_loss": 8.0, "val_loss": loss, "best_val_loss": loss}
     environment = {"runtime": "local", "git_commit": "c0ffee", "versions": {"python": "3.11.7", "torch": "2.13.0"}}

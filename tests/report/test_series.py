@@ -45,7 +45,7 @@ def test_a_loss_that_is_no_number_is_left_out() -> None:
 
 def test_bytes_between_workers_count_as_sent() -> None:
     told = of(commit(1, 1, inside=500), commit(2, 2, inside=500), evaluation(2, 2, 1.0))
-    assert series.validation(told)[0].sent_bytes == 2 * (1000 + 3000 + 500)
+    assert series.validation(told)[0].bytes_sent == 2 * (1000 + 3000 + 500)
     assert series.traffic(told) == [
         Traffic(1, 4500.0, 1000.0, 3000.0, 500.0),
         Traffic(2, 9000.0, 1000.0, 3000.0, 500.0),
