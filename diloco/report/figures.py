@@ -15,6 +15,7 @@ from diloco.report.series import Point, Spread, Traffic, thin
 
 ROUNDS = Axis(label="rounds", whole=True)
 SENT = Axis(label="bytes sent", unit="B", zero=True, log=True)
+MANY_POINTS = 5  # of a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def _single_losses(run: Run) -> Figure:
 
 def _compared_losses(runs: Sequence[Run]) -> list[Figure]:
     kinds: list[tuple[str, str, str, Callable[[History], list[Point]]]] = [
-        ("comparison", "Validation loss", "The global weights on held-out text.", series.validation),
+        ("comparison", "Validation loss", "The global weights on held-out text, once trained.", _once_trained),
         (
             "training",
             "Training loss",
@@ -78,6 +79,12 @@ def _compared_losses(runs: Sequence[Run]) -> list[Figure]:
         )
         for name, heading, note, points in kinds
     ]
+
+
+def _once_trained(history: History) -> list[Point]:
+    """Without the loss of untrained weights, beside which the differences between long lines could not be seen."""
+    points = series.validation(history)
+    return [p for p in points if p.tokens > 0] if len(points) > MANY_POINTS else points
 
 
 def _losses(
