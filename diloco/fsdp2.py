@@ -79,11 +79,14 @@ class Fsdp2(Replica):
         norm = super().gradient_norm()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def bytes_per_step(self) -> int:
-        """Two all-gathers of the parameters and one reduce-scatter of the gradients: 3N(1 - 1/W) for each of W."""
+    def bytes_per_step(self, accumulation: int) -> int:
+        """Two all-gathers of the parameters for each part of the batch, and one reduce-scatter of the gradients.
+
+        Each sends N(1 - 1/W) for each of W workers.
+        """
         gathered = sum(p.numel() for p in self.model.parameters())
         reduced = sum(p.numel() for p in self._parameters.values())
-        return 4 * (2 * gathered + reduced) * (self.world.size - 1)
+        return 4 * (2 * accumulation * gathered + reduced) * (self.world.size - 1)
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """A DTensor on CPU memory."""

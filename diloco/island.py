@@ -152,7 +152,7 @@ class Island:
             waiting_s=waiting_s,
             bytes_up=0,
             bytes_down=sum(s.payload.nbytes for s in snapshots),
-            bytes_inside=self._replica.bytes_per_step() * task.steps,
+            bytes_inside=self._replica.bytes_per_step(self._accumulation) * task.steps,
             metrics=metrics,
         )
 

@@ -100,8 +100,11 @@ class Replica(ABC):
             dist.all_reduce(values)
         return values
 
-    def bytes_per_step(self) -> int:
-        """What all workers of the island together send to each other on every inner step, by ring collectives."""
+    def bytes_per_step(self, accumulation: int) -> int:
+        """What all workers of the island together send to each other on an inner step, by ring collectives.
+
+        `accumulation`: the parts that the batch is cut into.
+        """
         return 0
 
     def whole(self, name: str, part: Tensor) -> Tensor:
@@ -159,7 +162,7 @@ class Ddp(Replica):
         """DDP's own switch."""
         return contextlib.nullcontext() if last else self._ddp.no_sync()
 
-    def bytes_per_step(self) -> int:
+    def bytes_per_step(self, accumulation: int) -> int:
         """One all-reduce of the gradients: 2N(1 - 1/W) for each of W workers."""
         return 4 * 2 * sum(p.numel() for p in self._parameters.values()) * (self.world.size - 1)
 

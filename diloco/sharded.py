@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -28,7 +29,11 @@ def write(folder: str, state: State, world: World) -> dict[str, str]:
     """Write this worker's part of a state; all workers of the island call it. Returns file name -> SHA-256."""
     with _local(folder, upload=True) as local:
         storage = HuggingFaceStorageWriter(str(local), save_distributed=True)
-        save(dict(state.tensors), storage_writer=storage, process_group=world.checkpoints)
+        try:
+            save(dict(state.tensors), storage_writer=storage, process_group=world.checkpoints)
+        except CheckpointException as failed:
+            first, _ = next(iter(failed.failures.values()))
+            raise OSError(f"{type(first).__name__}: {first}") from failed
         if world.rank == 0:
             (local / SHARDED).write_text(json.dumps(state.meta))
         mine = [local / SHARDED] if world.rank == 0 else []
@@ -56,9 +61,7 @@ def _local(folder: str, *, upload: bool) -> Iterator[Path]:
     """The folder itself where it is a local one; else a temporary one, copied from or to it."""
     fs, plain = fsspec.core.url_to_fs(folder)
     if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-        path = Path(plain)
-        path.mkdir(parents=True, exist_ok=True)
-        yield path
+        yield Path(plain)  # made by the writer, whose errors all workers get
         return
     with tempfile.TemporaryDirectory() as temporary:
         if not upload:

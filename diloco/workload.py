@@ -59,7 +59,10 @@ class Workload(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Scalar loss, the mean over `tokens(batch)` tokens, and further metrics."""
+        """Scalar loss, the mean over `tokens(batch)` tokens, and further metrics.
+
+        A part of a batch may have no tokens at all, where they are masked: the loss must then be 0, not 0/0.
+        """
 
     @abstractmethod
     def tokens(self, batch: Batch) -> int:

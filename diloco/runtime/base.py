@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from diloco.data import Data
 
 MAX_DERIVED_SHARDS = 8
+LOADED = -1  # in place of a round: of a source's state that came from a checkpoint
 
 
 @dataclass(kw_only=True)

@@ -28,7 +28,7 @@ from diloco.events import (
 )
 from diloco.island import Island
 from diloco.messages import EVALUATOR, Contribution, IslandId, ModuleKey, Modules, Shape, SourceId, State, Task
-from diloco.runtime.base import Backend, Final, Job, Runtime, placed
+from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, placed
 from diloco.workers import World
 
 
@@ -62,7 +62,8 @@ class LocalBackend(Backend):
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(job.threads_per_worker)
         self._islands: dict[IslandId, Island] = {}
-        self._frozen: dict[SourceId, State] = {}
+        self._frozen: dict[tuple[SourceId, int], State] = {}  # by source and round
+        self._exported: dict[SourceId, int] = {}  # for the next checkpoint: of which round
         self._sent: dict[tuple[SourceId, int], list[Contribution]] = {}
         self._free_at_s: dict[IslandId, float] = {}  # when an island is done with what it was given
         self._clock_s = 0.0
@@ -99,7 +100,8 @@ class LocalBackend(Backend):
             state = ckpt.read_source(checkpoint, source)
             if state is not None:
                 self._islands[IslandId(island)].load(source, state)
-                self._frozen[source] = state  # it may have no more to do before the next checkpoint
+                self._frozen[source, LOADED] = state  # it may have no more to do before the next checkpoint
+                self._exported[source] = LOADED
 
     def carry_out(self, command: Run | Push | CommitAll | Measure | Respawn) -> None:
         """Does it now; what it leads to happens when the virtual clock says."""
@@ -129,8 +131,9 @@ class LocalBackend(Backend):
             folder.begin(name)
             for shard in self._shards:
                 files |= ckpt.write_modules(folder.temporary(name), shard.state())
-            while self._frozen:
-                files |= ckpt.write_source(folder.temporary(name), *self._frozen.popitem())
+            for source, round_ in self._exported.items():
+                files |= ckpt.write_source(folder.temporary(name), source, self._frozen.pop((source, round_)))
+            self._exported.clear()
         except OSError as problem:
             error = str(problem)
 
@@ -148,6 +151,8 @@ class LocalBackend(Backend):
             return Interrupted(now_s=self._clock_s)
         assert self._events, "the run waits for something that will never happen"
         self._clock_s, _, event = heapq.heappop(self._events)
+        if isinstance(event, Finished) and event.report.task.save:
+            self._may_be_written(event.report.task)
         return event() if callable(event) else event
 
     def now_s(self) -> float:
@@ -191,12 +196,18 @@ class LocalBackend(Backend):
         if task.send:
             self._sent[task.source, task.round] = contributions
         if task.save:
-            self._frozen[task.source] = self._islands[task.island].export(task.source)
+            self._frozen[task.source, task.round] = self._islands[task.island].export(task.source)
         speed = 0.0 if task.island == EVALUATOR else self._seconds_per_step[task.island]
         start_s = max(self._clock_s, self._free_at_s.get(task.island, 0.0))
         self._free_at_s[task.island] = start_s + speed * task.steps
         end_s = self._free_at_s[task.island]
         self._later(end_s - self._clock_s, Finished(now_s=end_s, report=report))
+
+    def _may_be_written(self, task: Task) -> None:
+        """What a task saved is for the checkpoints after its end, in the place of what there was of its source."""
+        if self._exported.get(task.source, task.round) != task.round:
+            del self._frozen[task.source, self._exported[task.source]]
+        self._exported[task.source] = task.round
 
     def _push(self, task: Task) -> None:
         sent = self._sent.pop((task.source, task.round))

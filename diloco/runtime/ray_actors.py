@@ -32,7 +32,7 @@ from diloco.messages import (
     Task,
     Verdict,
 )
-from diloco.runtime.base import Job
+from diloco.runtime.base import LOADED, Job
 
 
 class WorkerShell:
@@ -42,7 +42,7 @@ class WorkerShell:
         self._job, self._rank = job, rank
         self._size = 1 if island == EVALUATOR else job.workers[island]
         self._gpus = 0.0 if island == EVALUATOR else job.gpus_per_worker
-        self._frozen: dict[SourceId, State] = {}
+        self._frozen: dict[tuple[SourceId, int], State] = {}  # by source and round
 
     def meet(self) -> str:
         """Open the place where the workers of this island meet; rank 0 only."""
@@ -83,7 +83,7 @@ class WorkerShell:
         state = ckpt.read_source(checkpoint, source, self._island.empty)
         if state is not None:
             self._island.load(source, state)
-            self._frozen[source] = state  # it may have no more to do before the next checkpoint
+            self._freeze(source, LOADED, state)  # it may have no more to do before the next checkpoint
         return state is not None
 
     def run(self, task: Task, snapshots: Sequence[Any], groups: Sequence[Sequence[SlotName]]) -> Iterator[Any]:
@@ -95,8 +95,8 @@ class WorkerShell:
             # One fetch after the other, in the order given: at once they would get in each other's way on slow links.
             pulled = [snapshot for ref in snapshots for snapshot in ray.get(ref)]
             report = self._island.train(task, pulled)
-            if task.save:
-                self._frozen[task.source] = self._island.export(task.source)
+            if task.save and self._island.saves:
+                self._freeze(task.source, task.round, self._island.export(task.source))
             for slots in groups:
                 made = [self._island.contribution(task, slot) for slot in slots]
                 sent = [contribution for contribution in made if contribution is not None]
@@ -108,16 +108,24 @@ class WorkerShell:
             workers.leave()  # or the island's other workers would wait for this one
             raise
 
-    @ray.method(concurrency_group="io")
+    @ray.method(concurrency_group="ping")
     def alive(self) -> bool:
-        """Answers from the thread for `io`, so also while this worker waits for another."""
+        """Answers from a thread of its own, so also while this worker waits for another."""
         return True
 
     @ray.method(concurrency_group="io")
-    def write(self, folder: str, source: SourceId) -> dict[str, str]:
-        """Write what the last task with `save` left of this source."""
-        state = self._frozen.pop(source)
-        return ckpt.write_source(folder, source, state, self._island.world) if self._island.saves else {}
+    def write(self, folder: str, source: SourceId, round_: int) -> dict[str, str]:
+        """Write what a task with `save` in this round left of this source."""
+        if not self._island.saves:
+            return {}
+        state = self._frozen.pop((source, round_))
+        for older in [key for key in self._frozen if key[0] == source and key[1] < round_]:
+            del self._frozen[older]
+        return ckpt.write_source(folder, source, state, self._island.world)
+
+    def _freeze(self, source: SourceId, round_: int, state: State) -> None:
+        if self._island.saves:
+            self._frozen[source, round_] = state
 
     def finish(self, snapshots: Sequence[Any], folder: str | None, prompt: str) -> tuple[int, str, str]:
         """Install the final weights; export and sample where there is a folder: (parameters, SHA-256, sample)."""
@@ -185,7 +193,7 @@ def _prepare(job: Job) -> None:
 
 
 _actor: Any = ray.remote  # Ray's types know nothing of concurrency groups
-WorkerActor: Any = _actor(concurrency_groups={"io": 1})(WorkerShell)
+WorkerActor: Any = _actor(concurrency_groups={"io": 1, "ping": 1})(WorkerShell)
 _ShardActor: Any = _actor(concurrency_groups={"io": 1})(ShardShell)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError
 
-from diloco import checkpoint as ckpt
 from diloco.events import (
     CommitAll,
     Committed,
@@ -33,10 +32,11 @@ from diloco.events import (
     Tick,
 )
 from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SlotName, SourceId, Task
-from diloco.runtime.base import Backend, Final, Job, Runtime, placed
+from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, placed
 from diloco.runtime.ray_actors import spawn_shard
 from diloco.runtime.ray_island import RayIsland
-from diloco.runtime.ray_refs import Pending, Ref, died, get, get_all, raise_errors, short
+from diloco.runtime.ray_refs import Pending, Ref, cause, died, get, get_all, mistake, raise_errors, short
+from diloco.runtime.ray_save import Saver
 from diloco.runtime.ray_start import connect, disconnect
 
 MAX_FAILED_STARTS = 3
@@ -76,8 +76,7 @@ class RayBackend(Backend):
         self._sent: dict[tuple[SourceId, int], list[tuple[int, Ref]]] = {}
         self._pulled: dict[tuple[int, str, tuple[tuple[ModuleKey, int | None], ...]], Ref] = {}
         self._revived: dict[IslandId, int] = {}  # times since it last finished a task
-        self._exported: dict[SourceId, IslandId] = {}
-        self._checkpoint = ""  # the newest complete one
+        self._saver = Saver(self._pending, self._on_saved)
         self._interrupted = False
 
     # --- start ---
@@ -104,12 +103,12 @@ class RayBackend(Backend):
 
     def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
         """Shards and islands read their own files."""
-        self._checkpoint = checkpoint
-        refs = [shard.load.remote(checkpoint, placed(self._modules, index)) for index, shard in enumerate(self._shards)]
-        get(refs)
-        holders = {source: IslandId(island) for source, island in sources.items()}
-        loaded = [get(self._islands[island].load(checkpoint, source))[0] for source, island in holders.items()]
-        self._exported = {source: holders[source] for source, there in zip(holders, loaded, strict=True) if there}
+        self._saver.newest = checkpoint
+        get([shard.load.remote(checkpoint, placed(self._modules, i)) for i, shard in enumerate(self._shards)])
+        asked = {source: self._islands[IslandId(i)].load(checkpoint, source) for source, i in sources.items()}
+        for source, refs in asked.items():
+            if get(refs)[0]:
+                self._saver.exported(source, self._islands[IslandId(sources[source])], LOADED)
 
     # --- commands ---
 
@@ -132,29 +131,11 @@ class RayBackend(Backend):
                 self._respawn(command.island)
 
     def save(self, root: str, name: str, manifest: Mapping[str, Any], keep: int) -> None:
-        """Shards freeze a copy in their queue's order and write it in another thread."""
-        start_s = time.monotonic()
-        folder = ckpt.CheckpointFolder(root)
+        """In other threads of the actors."""
+        self._saver.save(self._shards, root, name, manifest, keep)
 
-        def done(answers: list[dict[str, str]], error: Exception | None) -> None:
-            files = {path: digest for answer in answers for path, digest in answer.items()}
-            problem = folder.conclude(name, manifest, files, keep=keep, error="" if error is None else short(error))
-            path = f"{root}/{name}"
-            self._checkpoint = self._checkpoint if problem else path
-            seconds = time.monotonic() - start_s
-            self._events.append(Saved(now_s=self.now_s(), path=path, seconds=seconds, error=problem))
-
-        try:
-            folder.begin(name)
-        except OSError as failure:
-            return done([], failure)
-        temporary = folder.temporary(name)
-        refs = [shard.write.remote(temporary, name, shard.freeze.remote(name)) for shard in self._shards]
-        refs += [
-            ref for source, island in self._exported.items() for ref in self._islands[island].write(temporary, source)
-        ]
-        self._exported.clear()
-        self._pending.add(refs, done)
+    def _on_saved(self, path: str, seconds: float, error: str) -> None:
+        self._events.append(Saved(now_s=self.now_s(), path=path, seconds=seconds, error=error))
 
     # --- events ---
 
@@ -219,20 +200,20 @@ class RayBackend(Backend):
         reports, contributions = island.run(task, snapshots, list(groups.values()))
         if groups:
             self._sent[task.source, task.round] = list(zip(groups, contributions, strict=True))
-        if task.save:
-            self._exported[task.source] = task.island
 
         def done(answers: list[Any], error: RayError | None) -> None:
             if error is not None and not island.broken(error):
-                raise error
+                raise mistake(error, reports) from None
             if task.island == EVALUATOR and error is not None:
                 if self._islands[EVALUATOR] is island:
-                    self._revive(EVALUATOR)
+                    self._revive(EVALUATOR).setup(self._modules)
                 self._submit(task, snapshots, groups)
             elif self._islands[task.island] is island:  # else it was replaced, and its work given out again
                 now_s = self.now_s()
                 if error is None:
                     self._revived.pop(task.island, None)
+                if error is None and task.save:
+                    self._saver.exported(task.source, island, task.round)
                 lost = None if error is None else Lost(now_s=now_s, island=task.island, reason=short(error))
                 self._events.append(lost or Finished(now_s=now_s, report=answers[0]))
 
@@ -252,7 +233,7 @@ class RayBackend(Backend):
             if isinstance(error, ObjectLostError):  # with the node of the island
                 self._events.append(Lost(now_s=self.now_s(), island=task.island, reason=short(error)))
             elif error is not None:
-                raise error
+                raise cause(error) from None
             else:
                 self._events.append(
                     Received(
@@ -268,33 +249,36 @@ class RayBackend(Backend):
         self._pending.add([self._shards[shard].push.remote(ref) for shard, ref in sent], done)
 
     def _on_measured(self, answers: list[Any], error: RayError | None) -> None:
-        if error is not None:
-            raise error
+        raise_errors(answers, error)
         stats = tuple(found for answer in answers for found in answer)
         self._events.append(Committed(now_s=self.now_s(), stats=stats))
 
-    def _revive(self, island: IslandId) -> list[Ref]:
-        """A new actor in the place of one that died; the answers to wait for, that of `setup` first."""
+    def _revive(self, island: IslandId) -> RayIsland:
+        """New actors in the place of those of an island of which one died."""
         self._revived[island] = self._revived.get(island, 0) + 1
         if self._revived[island] > MAX_FAILED_STARTS:
             raise RuntimeError(f"island {island} died {MAX_FAILED_STARTS} times without finishing a task")
-        self._exported = {source: holder for source, holder in self._exported.items() if holder != island}
+        self._saver.forget(self._islands[island])
         self._islands[island].kill()  # what is left of it
         revived = self._islands[island] = RayIsland(self._job, island)
-        return [*revived.setup(self._modules), *revived.built]
+        return revived
 
     def _respawn(self, island: IslandId) -> None:
-        ready = self._revive(island)
-        revived = self._islands[island]
-        if self._checkpoint:
-            ready += self._islands[island].load(self._checkpoint, SourceId(island))
+        revived = self._revive(island)
 
-        def done(answers: list[Any], error: RayError | None) -> None:
+        def ready(answers: list[Any], error: RayError | None) -> None:
             if error is not None and not revived.broken(error):
-                raise error
+                raise mistake(error, revived.built) from None
             if error is not None:
                 return self._respawn(island)
-            self._nodes[island] = answers[0]
+            self._nodes[island] = answers[-1]
+            source = SourceId(island)
+            # Only now, since older checkpoints are dropped while it starts.
+            self._pending.add(revived.load(self._saver.newest, source) if self._saver.newest else [], loaded)
+
+        def loaded(answers: list[Any], error: RayError | None) -> None:
+            if error is not None or len(set(answers)) > 1:  # a worker died, or that checkpoint was dropped meanwhile
+                return self._respawn(island)
             self._events.append(Joined(now_s=self.now_s(), island=island))
 
-        self._pending.add(ready, done)
+        self._pending.add([*revived.built, *reversed(revived.setup(self._modules))], ready, at_first_error=True)

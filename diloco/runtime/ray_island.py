@@ -71,9 +71,9 @@ class RayIsland:
             contributions += made if rank == 0 else []
         return reports, contributions
 
-    def write(self, folder: str, source: SourceId) -> list[Ref]:
-        """Each answers with the files that it wrote."""
-        return [worker.write.remote(folder, source) for worker in self._workers]
+    def write(self, folder: str, source: SourceId, round_: int) -> list[Ref]:
+        """Each answers with the files that it wrote of what it exported in that round."""
+        return [worker.write.remote(folder, source, round_) for worker in self._workers]
 
     def finish(self, snapshots: Sequence[Ref], folder: str | None, prompt: str) -> Ref:
         """On the evaluator."""
@@ -84,12 +84,12 @@ class RayIsland:
         if died(error) or len(self._workers) == 1:
             return died(error)
         pings = [worker.alive.remote() for worker in self._workers]
-        for ping in ray.wait(pings, num_returns=len(pings), timeout=PING_S)[0]:
-            try:
-                ray.get(ping)
-            except RayError:
-                return True
-        return False
+        answered, silent = ray.wait(pings, num_returns=len(pings), timeout=PING_S)
+        try:
+            ray.get(answered)
+        except RayError:
+            return True
+        return bool(silent)  # on a node that is gone, say, of which Ray does not know yet
 
     def kill(self) -> None:
         """End all workers, and free their places."""

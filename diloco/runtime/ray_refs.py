@@ -15,6 +15,7 @@ Ref: TypeAlias = Any  # ray.ObjectRef, whose parameter says nothing here
 Then: TypeAlias = Callable[[list[Any], RayError | None], None]
 
 SAY_EVERY_S = 20.0
+OTHERS_S = 5.0  # how long to wait for what other workers say of an error
 
 
 @dataclass(kw_only=True)
@@ -37,6 +38,8 @@ class Pending:
 
         `at_first_error`: do not wait for the other answers then, which may never come.
         """
+        if not refs:
+            return then([], None)
         gather = _Gather(answers=[None] * len(refs), waiting=len(refs), then=then, at_first_error=at_first_error)
         for index, ref in enumerate(refs):
             self._gathers[ref] = (gather, index)
@@ -105,10 +108,24 @@ def died(error: Exception) -> bool:
     return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
 
 
+def mistake(error: RayError, others: Sequence[Ref]) -> Exception:
+    """What to tell of `error`: where another of these answers is a mistake, that; the rest follows from it.
+
+    A worker that finds a mistake leaves its island, and those left see only that.
+    """
+    found = [cause(error)]
+    for ref in ray.wait(list(others), num_returns=len(others), timeout=OTHERS_S)[0]:
+        try:
+            ray.get(ref)
+        except RayError as other:
+            found.append(cause(other))
+    return next((e for e in found if not isinstance(e, RayError)), found[0])
+
+
 def raise_errors(answers: list[Any], error: RayError | None) -> None:
     """What to do with answers that say nothing."""
     if error is not None:
-        raise error
+        raise cause(error) from None
 
 
 def short(error: Exception) -> str:

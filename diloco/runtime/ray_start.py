@@ -22,6 +22,7 @@ KEPT_ROUNDS = 3  # of which the object store has room: the present one, the last
 LEAST_STORE_BYTES = 256 << 20
 LARGE_STORE_BYTES = 1 << 30  # for models of unknown size; preallocating it takes .6 s of the start
 MOST_OF_MEMORY = 0.3
+ROUNDING = 1e-6  # 1 / .2 is a little less than 5
 
 
 def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
@@ -50,7 +51,7 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
             raise
         return True
     _check_machine(job)
-    reaper.watch()
+    reaper.watch(os.path.dirname(ray.__file__))
     object_store_bytes = object_store_bytes or _a_few_rounds_bytes(job)
     # Memory is slow when it is touched for the first time; but much of it takes long to start with.
     os.environ.setdefault("RAY_preallocate_plasma_memory", str(int(object_store_bytes <= LARGE_STORE_BYTES)))
@@ -104,7 +105,7 @@ def _check_machine(job: Job) -> None:
             f" has {memory >> 20} MiB of memory; use {fits} workers or fewer in all, or a cluster (RAY_ADDRESS)"
         )
     gpus = torch.cuda.device_count()
-    if workers * job.gpus_per_worker > gpus:
+    if _gpu_places(gpus, job) < workers:
         raise ValueError(
             f"{_asked(job)} with gpus_per_worker={job.gpus_per_worker:g} need"
             f" {workers * job.gpus_per_worker:g} GPUs, and this machine has {gpus}; lower one of them"
@@ -117,13 +118,15 @@ def _check_machine(job: Job) -> None:
 def _check_cluster(job: Job) -> None:
     workers = sum(job.workers)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    for name, each in {"CPU": float(job.threads_per_worker), "GPU": job.gpus_per_worker}.items():
-        fits = sum(int(node.get(name, 0.0) // each) for node in nodes) if each else workers
-        if fits < workers:
-            raise ValueError(
-                f"{_asked(job)} with {each:g} {name} each: the {len(nodes)} node(s) of the"
-                f" cluster have {name}s for {fits}; use fewer or start more nodes"
-            )
+    cpus = [int(node.get("CPU", 0.0) / job.threads_per_worker + ROUNDING) for node in nodes]
+    gpus = [_gpu_places(node.get("GPU", 0.0), job) for node in nodes]
+    fits = sum(min(places) for places in zip(cpus, gpus, strict=True))
+    if fits < workers:
+        gpu = f" and {job.gpus_per_worker:g} GPU" if job.gpus_per_worker else ""
+        raise ValueError(
+            f"{_asked(job)} with {job.threads_per_worker} CPU{gpu} a worker: the {len(nodes)} node(s) of the cluster"
+            f" have places for {fits}; use fewer or start more nodes"
+        )
     wanted = {"CPU": workers * job.threads_per_worker, "GPU": workers * job.gpus_per_worker}
     deadline_s = time.monotonic() + PLACEMENT_WAIT_S
     while True:
@@ -139,6 +142,14 @@ def _check_cluster(job: Job) -> None:
         f"{_asked(job)} needs {wanted[name]:g} {name}; the cluster has {there.get(name, 0.0):g}, of which"
         f" {free.get(name, 0.0):g} free; use fewer, start more nodes, or end what runs there"
     )
+
+
+def _gpu_places(gpus: float, job: Job) -> int:
+    """How many workers so many GPUs hold; a worker's share lies on one GPU."""
+    share = job.gpus_per_worker
+    if not share:
+        return sum(job.workers)
+    return int(gpus / share + ROUNDING) if share >= 1 else int(gpus) * int(1 / share + ROUNDING)
 
 
 def _asked(job: Job) -> str:

@@ -22,12 +22,12 @@ QUIET_S = 5.0  # processes that are still being started appear for some seconds
 _running: list[subprocess.Popen[bytes]] = []  # none or one
 
 
-def watch() -> None:
-    """Mark this process and what it starts from now on, and start the reaper."""
+def watch(ray_folder: str) -> None:
+    """Mark this process and what it starts from now on, and start the reaper. `ray_folder`: where Ray is installed."""
     if not _running:
         os.environ[MARK] = mark = f"{os.getpid()}-{uuid.uuid4().hex}"
         # It reads a pipe of which only this process has the other end, and hears no Ctrl-C of the terminal.
-        command = [sys.executable, "-S", __file__, mark]
+        command = [sys.executable, "-S", __file__, mark, ray_folder]
         _running.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
 
 
@@ -37,26 +37,26 @@ def release() -> None:
         _running.pop().communicate(b"done")
 
 
-def marked(mark: str) -> list[int]:
-    """Ray's processes with this mark."""
+def marked(mark: str, ray_folder: str) -> list[int]:
+    """Ray's processes with this mark: those of its own scripts and programs, and its workers."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it is gone, or somebody else's
             if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 command = (folder / "cmdline").read_bytes()
-                if command.startswith(b"ray::") or b"/ray/" in command:
+                if command.startswith(b"ray::") or f"{ray_folder}/".encode() in command:
                     found.append(int(folder.name))
     return found
 
 
-def main(mark: str) -> None:
+def main(mark: str, ray_folder: str) -> None:
     """Wait for the driver's end, and then for that of its Ray."""
     if sys.stdin.buffer.read():
         return
     time.sleep(GRACE_S)
     seen_s = time.monotonic()
     while time.monotonic() - seen_s < QUIET_S:
-        for process in marked(mark):
+        for process in marked(mark, ray_folder):
             seen_s = time.monotonic()
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)
@@ -64,4 +64,4 @@ def main(mark: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from diloco import Result, RunConfig
-from diloco.checkpoint import Checkpoint, CheckpointFolder
+from diloco.checkpoint import Checkpoint, CheckpointFolder, read_source
 from diloco.config import to_yaml
 from diloco.events import Event
 from diloco.inner import AdamW, Muon, RateSchedule, Sgd
@@ -500,3 +501,17 @@ def test_auto_begins_anew_where_there_is_nothing(runs: Path, whole: Callable[[st
     found = launch(runs / "fresh", **{**BASE, **KINDS["muon"], "resume": "auto"})
     assert found.directory == runs / "fresh"
     assert digests(found) == digests(whole("muon"))
+
+
+def test_a_checkpoint_has_every_source_as_it_was_then(runs: Path) -> None:
+    """Also where a round is one task, so that the next round's is given out before the checkpoint is written."""
+    settings: dict[str, Any] = {"workload": Line(), "inner": AdamW(lr=0.01), "checkpoint": Checkpoint(every=1, keep=9)}
+    expected = launch(runs / "cut", **settings, rounds=3)
+    found = launch(runs / "uncut", **settings, rounds=3, segment_steps=0)
+    assert digests(found) == digests(expected)
+    for round_ in (1, 2, 3):
+        for source in (SourceId(0), SourceId(1)):
+            name = f"checkpoints/round-{round_:06d}"
+            theirs, mine = (read_source(str(run.directory / name), source) for run in (expected, found))
+            assert theirs is not None and mine is not None
+            assert all(torch.equal(mine.tensors[key], value) for key, value in theirs.tensors.items())

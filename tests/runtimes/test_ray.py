@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from diloco import RunConfig
-from diloco.checkpoint import Checkpoint, CheckpointFolder
+from diloco.checkpoint import Checkpoint, CheckpointFolder, read_source
 from diloco.config import to_yaml
+from diloco.messages import SourceId
 from diloco.metrics import Metrics
 from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
@@ -176,6 +178,20 @@ def test_answers_are_handled_in_the_order_of_asking(one_ray: None) -> None:
         pass
     assert handled == list(range(30))
     ray.kill(echo)
+
+
+def test_checkpoints_have_every_source_where_a_round_is_one_task(start: Start, runs: Path) -> None:
+    """The next round's task, which saves too, is given out before the checkpoint of this one is written."""
+    settings = {"segment_steps": 0, "checkpoint": Checkpoint(every=1, keep=9)}
+    found = start("run", **settings)
+    expected = launch(runs / "local", **{**BASE, **settings})
+    assert digests(found) == digests(expected)
+    for round_ in (1, 2, 3):
+        for source in (SourceId(0), SourceId(1)):
+            name = f"checkpoints/round-{round_:06d}"
+            theirs, mine = (read_source(str(run.directory / name), source) for run in (expected, found))
+            assert theirs is not None and mine is not None
+            assert all(torch.equal(mine.tensors[key], value) for key, value in theirs.tensors.items())
 
 
 def test_an_island_killed_by_pid_is_started_again_and_takes_part(start: Start, runs: Path) -> None:

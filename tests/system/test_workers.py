@@ -184,7 +184,8 @@ def test_unequal_islands(start: Start, runs: Path) -> None:
     same = ("tokens", "contributions", "outer_steps", "trainable_parameters")
     assert {key: found.summary[key] for key in same} == {key: expected.summary[key] for key in same}
     parameters = found.summary["trainable_parameters"]
-    assert found.summary["bytes_inside"] == 4 * (3 * parameters + 2 * 3) * 18  # frozen ones are gathered too
+    gathered = 2 * 2 * (parameters + 3)  # frozen ones too, for each of two parts of a batch
+    assert found.summary["bytes_inside"] == 4 * (gathered + parameters) * 18
 
 
 # --- resume ---
@@ -313,13 +314,15 @@ def test_slots_that_nobody_chose_keep_blocks_whole() -> None:
 
 
 def test_more_gpus_than_the_cluster_has(start: Start, runs: Path) -> None:
-    with pytest.raises(ValueError, match=r"islands=2 workers=2 with 1 GPU each: the 1 node.* have GPUs for 0"):
+    with pytest.raises(
+        ValueError, match=r"islands=2 workers=2 with 1 CPU and 1 GPU a worker: the 1 node.* have places for 0"
+    ):
         start("run", workers=2, gpus_per_worker=1.0)
     assert not (runs / "run").exists()
 
 
 def test_more_workers_than_the_cluster_holds(start: Start, runs: Path) -> None:
-    with pytest.raises(ValueError, match=r"islands=2 workers=\[4,1\] with 1 CPU each.*CPUs for 4"):
+    with pytest.raises(ValueError, match=r"islands=2 workers=\[4,1\] with 1 CPU a worker.* places for 4"):
         start("run", workers=[4, 1])
     assert not (runs / "run").exists()
 
@@ -377,3 +380,12 @@ def test_local_and_ray_record_the_same_configuration(runs: Path) -> None:
     text = (result.directory / "config.yaml").read_text()
     assert "replica: fsdp2" in text and "keep_blocks: true" in text
     assert result.summary["workers"] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "share", "places"), [(1, 0.2, 5), (1, 0.1, 10), (2, 0.6, 2), (4, 1.0, 4), (4, 2.0, 2), (0, 0.5, 0)]
+)
+def test_a_workers_share_of_a_gpu_lies_on_one(gpus: int, share: float, places: int) -> None:
+    from diloco.runtime.ray_start import _gpu_places
+
+    assert _gpu_places(gpus, make_job(RunConfig(gpus_per_worker=share, store=Store(shards=1)))) == places
