@@ -233,7 +233,11 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
     speed = f"{format_count(_amount(summary, 'tokens_per_s'))} a second"
     rows += [("tokens", f"{format_count(_amount(summary, 'tokens'))}, {speed}"), ("wall time", wall)]
     sent, inside = _amount(summary, "bytes_sent"), _amount(summary, "bytes_inside")
-    rows.append(("bytes sent", format_bytes(sent) + (f", {format_bytes(inside)} between workers" if inside else "")))
+    told, within = format_bytes(sent), format_bytes(inside)
+    if inside > 0:
+        lone = summary.get("islands") == 1
+        told = f"{told}, of which {within} between workers" if lone else f"{told} between islands; {within} within them"
+    rows.append(("bytes sent", told))
     parallel = _amount(summary, "bytes_data_parallel")
     if sent > 0 and parallel > 0:
         more = f"{sent / parallel:.3g} times more than" if sent > parallel else f"{parallel / sent:.3g} times less than"

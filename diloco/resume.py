@@ -89,6 +89,8 @@ def _resumed(config: RunConfig, directory: Path) -> Start:
     if manifest["view"]["round"] > config.rounds:
         raise ValueError(f"rounds={config.rounds}: the checkpoint has {manifest['view']['round']} already; give more")
     notes = tuple(f"passed over a damaged checkpoint: {problem}" for problem in folder.problems)
+    if saved.workers != config.workers:
+        notes += (f"resumed with workers={config.workers} instead of {saved.workers}: sums have another order",)
     return Start(config=config, directory=directory, checkpoint=path, manifest=manifest, notes=notes)
 
 

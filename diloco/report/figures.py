@@ -144,7 +144,8 @@ def _traffic(runs: Sequence[Run]) -> Figure:
     return Figure(
         name="bytes",
         heading="Bytes",
-        note="Weights down and pseudo-gradients up, as encoded; evaluation and checkpoints are not counted.",
+        note="Weights down and pseudo-gradients up, as encoded; of a lone island also what its workers send each other."
+        " Evaluation and checkpoints are not counted.",
         panels=panels,
         keys=keys(runs),
     )

@@ -34,6 +34,7 @@ from diloco.workload import Batch
 from tests.conftest import Start
 from tests.toy import Deep, Line, Signalling, digests, launch, records, wait_for, warned
 
+pytestmark = pytest.mark.timeout(300)  # seconds a test: several starts of many processes
 KINDS = [ReplicaKind.ddp, ReplicaKind.fsdp2]
 # What a step of several workers can get wrong: accumulation, clipping, decay, blocks, a tensor of one row.
 JOINT: dict[str, Any] = {
