@@ -126,14 +126,15 @@ class LocalBackend(Backend):
         start_s = time.perf_counter()
         folder = ckpt.CheckpointFolder(root)
         files: dict[str, str] = {}
+        exported = {source: self._frozen.pop((source, round_)) for source, round_ in self._exported.items()}
+        self._exported.clear()
         error, path = "", f"{root}/{name}"
         try:
             folder.begin(name)
             for shard in self._shards:
                 files |= ckpt.write_modules(folder.temporary(name), shard.state())
-            for source, round_ in self._exported.items():
-                files |= ckpt.write_source(folder.temporary(name), source, self._frozen.pop((source, round_)))
-            self._exported.clear()
+            for source, state in exported.items():
+                files |= ckpt.write_source(folder.temporary(name), source, state)
         except OSError as problem:
             error = str(problem)
 
