@@ -24,6 +24,11 @@ class Codec(ABC):
 
     error_feedback: bool = False  # whether who encodes keeps what the code lost and adds it to the next
 
+    @property
+    def feedback_decay(self) -> float:
+        """What share of the residual is added to the next contribution, with error feedback."""
+        return 1.0
+
     @abstractmethod
     def encode(self, tensors: Tensors) -> Payload:
         """One payload for all of `tensors` (read, not written; any device, sizes and number, also none)."""
@@ -47,9 +52,6 @@ class Codec(ABC):
 @dataclass(kw_only=True)
 class Float32(Codec):
     """Four bytes a parameter, exact."""
-
-    def __post_init__(self) -> None:
-        _refuse_error_feedback(self, "it loses nothing")
 
     def encode(self, tensors: Tensors) -> Payload:
         """Exact; 4 bytes an element."""
@@ -76,9 +78,6 @@ class Float32(Codec):
 @dataclass(kw_only=True)
 class BFloat16(Codec):
     """Two bytes a parameter, rounded to nearest even: |x - q| <= 2^-8 |x| for normal x."""
-
-    def __post_init__(self) -> None:
-        _refuse_error_feedback(self, "error feedback comes with the codecs below 16 bits")
 
     def encode(self, tensors: Tensors) -> Payload:
         """2 bytes an element."""
@@ -129,8 +128,3 @@ def _typed(body: np.ndarray[Any, np.dtype[np.uint8]], dtype: torch.dtype) -> tor
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(body.view(np.int32 if dtype.itemsize == 4 else np.int16)).view(dtype)
-
-
-def _refuse_error_feedback(codec: Float32 | BFloat16, why: str) -> None:
-    if codec.error_feedback:
-        raise ValueError(f"{type(codec).__name__} has no error feedback ({why}); leave error_feedback=false")

@@ -25,7 +25,7 @@ from diloco.checkpoint import Checkpoint
 from diloco.codec import Codec
 from diloco.data import Data
 from diloco.inner import Inner
-from diloco.layout import Layout, Whole
+from diloco.layout import Fragments, Layout, Whole
 from diloco.merge import Merge
 from diloco.metrics import Metrics
 from diloco.outer import OuterOptimizer
@@ -88,10 +88,9 @@ class RunConfig:
                     f" data.batch={self.data.batch}, an island's sequences a step; use a multiple of {parts},"
                     " or fewer workers"
                 )
-        if self.replica is ReplicaKind.fsdp2 and isinstance(self.layout, Whole) and not self.layout.patterns:
-            self.layout = replace(self.layout, keep_blocks=True)
-        if not isinstance(self.codec_down, codecs.Float32):
-            raise ValueError("codec_down: only float32 can be sent down so far; leave codec@codec_down=float32")
+        if self.replica is ReplicaKind.fsdp2 and isinstance(self.layout, Whole | Fragments):
+            derived = isinstance(self.layout, Fragments) or not self.layout.patterns
+            self.layout = replace(self.layout, keep_blocks=derived)
         if not self.name or "/" in self.name:
             raise ValueError(f"name={self.name!r} becomes part of a folder's name; use letters, digits, - and _")
 
@@ -221,7 +220,7 @@ def _register_own() -> None:
     own: dict[str, dict[str, type]] = {
         "workload": {"causal_lm": CausalLM},
         "inner": {"adamw": inners.AdamW, "muon": inners.Muon, "sgd": inners.Sgd},
-        "layout": {"whole": Whole},
+        "layout": {"whole": Whole, "fragments": Fragments},
         "schedule": {"barrier": schedules.Barrier},
         "merge": {"mean": merges.Mean},
         "outer": {"sgd": outers.Sgd, "nesterov": outers.Nesterov},

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from enum import Enum
 
-from diloco import records
+from diloco import records, saved_view
 from diloco.events import (
     Command,
     CommitAll,
@@ -27,17 +27,18 @@ from diloco.events import (
     Received,
     Respawn,
     Run,
-    Save,
     Saved,
     Started,
     Stop,
     Tick,
 )
-from diloco.messages import EVALUATOR, IslandId, ModuleKey, Report, SourceId, Task
+from diloco.messages import EVALUATOR, Commit, IslandId, ModuleKey, Report, Settled, Task
+from diloco.pushes import Pushes
+from diloco.saves import Saves
 from diloco.schedule import NoMore, Schedule, Wait
-from diloco.views import Arrival, IslandView, ModuleView, RunView
+from diloco.views import Arrival, IslandView, RunView
+from diloco.watch import Watch
 
-STALL_S = 120.0  # without any event but ticks, before the coordinator says who is awaited
 QUEUE_DEPTH = 2  # tasks given to an island at once, so that it never waits for the driver between two
 
 
@@ -57,23 +58,20 @@ class Coordinator:
         self.run = run
         self._schedule = schedule
         self._queued = 0  # tasks given out to living islands and not finished
-        self._pushing: set[tuple[SourceId, int]] = set()  # handed to the store, not judged yet
+        self._pushes = Pushes()
         self._asked = 0  # evaluations and measurements that were not answered yet
-        self._saving = False
-        self._saving_round = 0  # rounds in the checkpoint being written
-        self._held = False  # a checkpoint is due while the last one is still being written
+        self._saves = Saves()
+        self._watch = Watch()
         self._draining = Drain.no
         self._stopped = False
         self._now_s = 0.0
-        self._heard_s, self._patience_s = 0.0, STALL_S
 
     def handle(self, event: Event) -> list[Command]:
         """What to do now. Commands are to be carried out in their order, before the next event is handled."""
         if self._stopped:
             return []
         self._now_s = event.now_s
-        if not isinstance(event, Tick):
-            self._heard_s, self._patience_s = event.now_s, STALL_S
+        late = self._go_on_without_late() if self._watch.look(event) else []
         match event:
             case Started():
                 commands = self._on_started(event)
@@ -83,7 +81,7 @@ class Coordinator:
                 commands = self._on_received(event)
             case Committed():
                 self._asked -= 1
-                commands = [records.committed(event, self.run.counters)] if event.stats else []
+                commands = [records.committed(event, self.run)] if event.stats else []
             case Saved():
                 commands = self._on_saved(event)
             case Lost():
@@ -95,8 +93,12 @@ class Coordinator:
                     self._draining = Drain.tasks
                 commands = []
             case Tick():
-                commands = self._on_tick(event)
-        return commands + self._settle()
+                commands = [*self._watch.stalled(event.now_s, self.run)]
+        return late + commands + self._settle()
+
+    def wake_s(self) -> float | None:
+        """When to be told the time if nothing happens before."""
+        return None if self._stopped or self._draining is not Drain.no else self._schedule.overdue_s(self.run)
 
     # --- events ---
 
@@ -116,33 +118,34 @@ class Coordinator:
             return []  # fenced: it was given up for lost, and its work was given out again
         self._queue(island, -1)
         source.trained(report)
-        self.run.counters.count(report, lone=len(self.run.islands) == 1)
+        self.run.count(report)
         commands: list[Command] = [] if task.steps == 0 else [records.segment(report)]
         if "inner/fresh_state" in report.metrics:
             commands.append(records.fresh_state(task, self.run.round))
         if task.send:
-            self._pushing.add((task.source, task.round))
+            self._pushes.add(task.turn)
             commands.append(Push(task=task))
-        elif task.last:
-            keys = [key for key in task.modules.values() if self.run.modules[key].round == task.round]
-            for key in keys:
-                self._heard(key, source.source).dropped += 1
-            commands += self._commit_ready(keys)
+        elif task.ends:
+            commands += self._commit_ready(self.run.drop(task))
         return commands + self._dispatch([task.island])
 
     def _on_received(self, event: Received) -> list[Command]:
-        self._pushing.discard((event.source, event.round))
+        return [command for heard in self._pushes.judged(event) for command in self._arrived(heard)]
+
+    def _arrived(self, event: Received) -> list[Command]:
+        turn = event.turn
         keys = [verdict.module for verdict in event.verdicts]
-        source = self.run.sources.get(event.source)
+        source = self.run.sources.get(turn.source)
+        if source is None or source.attempt != event.attempt:  # its island was given up for lost
+            return [self._late(event)]
+        tokens = source.hand_over(turn.round, turn.fragment)
+        self.run.observe(turn, event.now_s)
         modules = [self.run.modules[key] for key in keys]
-        awaited = all(m.round == event.round and event.source in m.awaited for m in modules)
-        if source is None or source.attempt != event.attempt or not awaited:
-            self.run.counters.late += 1
-            return [records.late(event, self.run.round)]
-        tokens = source.hand_over(event.round)
+        if not all(m.round == turn.round and turn.source in m.awaited for m in modules):
+            return [self._late(event)]
         bad = [verdict for verdict in event.verdicts if not verdict.good]
         commands: list[Command] = []
-        source.settled = [*source.settled, (event.round, not bad)]
+        source.settle(Settled(round=turn.round, fragment=turn.fragment, accepted=not bad))
         examples, norm = float(self.run.shard_examples[source.shard]), math.hypot(*[v.norm for v in event.verdicts])
         arrival = Arrival(examples=examples, tokens=tokens, norm=norm)
         for module in modules:
@@ -156,13 +159,16 @@ class Coordinator:
             commands.append(records.rejected(event, bad[0], self.run.round))
         return commands + self._commit_ready(keys)
 
+    def _late(self, event: Received) -> Log:
+        self.run.counters.late += 1
+        return records.late(event, self.run.round)
+
     def _on_saved(self, event: Saved) -> list[Command]:
-        self._saving = False
-        commands: list[Command] = [records.saved(event, self._saving_round)]
-        if self._held:
-            self._held = False
-            save = self._save()
-            commands += [*self._dispatch(self.run.islands), save]
+        commands: list[Command] = [records.saved(event, self._saves.round)]
+        held = self._saves.written(self.run)
+        if held is not None:
+            heard = [key for key, module in self.run.modules.items() if module.heard]
+            commands += [held, *self._commit_ready(heard), *self._dispatch(self.run.islands)]
         elif self._draining is Drain.save:
             self._stopped = True
             reason = f"could not write a checkpoint: {event.error}" if event.error else ""
@@ -177,11 +183,12 @@ class Coordinator:
         self._queue(island, -island.queued)
         island.alive = False
         source = self.run.sources[island.source]
-        self._pushing -= {(source.source, work.round) for work in source.work}
+        self._pushes.forget(source.source)
+        island.holds = {}
         source.lose()
         keys = list(self.run.path_of(source).values())
         for key in keys:
-            self._heard(key, source.source)
+            self.run.modules[key].awaited.discard(source.source)
         return [records.lost(event, self.run.round), Respawn(island=event.island), *self._go_on(keys, [])]
 
     def _on_joined(self, event: Joined) -> list[Command]:
@@ -190,59 +197,59 @@ class Coordinator:
         island.alive = True
         source = self.run.sources[island.source]
         keys = list(self.run.path_of(source).values())
-        source.round = 1 + max(self.run.modules[key].round for key in keys)
+        source.round = source.began = 1 + max(self.run.modules[key].round for key in keys)
         return [records.joined(event, self.run.round), *self._go_on(keys, [event.island])]
 
     def _go_on(self, keys: list[ModuleKey], came: list[IslandId]) -> list[Command]:
         """After somebody left or came: end the rounds that others finished; begin anew those that nobody is left in."""
         idle = [key for key in keys if not self.run.modules[key].awaited]
-        self.run.open_rounds([key for key in idle if not self.run.modules[key].heard])
+        empty = [key for key in idle if not self.run.modules[key].heard]
         commands = self._commit_ready([key for key in idle if self.run.modules[key].heard])
+        if empty == keys:
+            commands += self._commit(self.run.begin_anew(keys))
+            self.run.open_rounds(keys, self._now_s)
         return commands + self._dispatch(self.run.islands if idle else came)
-
-    def _on_tick(self, event: Tick) -> list[Command]:
-        """A barrier that stalls says who has not arrived."""
-        if event.now_s - self._heard_s < self._patience_s:
-            return []
-        self._patience_s *= 2
-        awaited = sorted({source for module in self.run.modules.values() for source in module.awaited})
-        return [records.stalled(event.now_s - self._heard_s, awaited, self.run.round)]
 
     # --- rounds ---
 
+    def _go_on_without_late(self) -> list[Command]:
+        """Rounds that have waited long enough end without those that are not there."""
+        wake_s = self.wake_s()
+        if wake_s is None or wake_s > self._now_s:
+            return []
+        return self._commit_ready([key for key, module in self.run.modules.items() if module.awaited])
+
     def _commit_ready(self, touched: list[ModuleKey]) -> list[Command]:
-        commits = self._schedule.commits(self.run, touched, self._now_s)
+        if self._saves.held is not None:
+            return []  # the store is to stay as it is until it was saved
+        return self._commit(self._schedule.commits(self.run, touched, self._now_s))
+
+    def _commit(self, commits: list[Commit]) -> list[Command]:
         for commit in commits:
             module = self.run.modules[commit.module]
             if not commit.sources and module.rejected:
                 self._stopped = True
                 reason = f"all {module.rejected} contributions to round {module.round} were rejected"
                 return [Stop(status="stopped", reason=f"{reason}; the weights of the round before are kept")]
-        self.run.commit(commits)
+        late = sorted({(c.round, source) for c in commits for source in self.run.modules[c.module].awaited})
+        self.run.commit(commits, self._now_s)
+        left_out = [records.left_out(source, round_, self.run.round) for round_, source in late]
         real = tuple(commit for commit in commits if commit.sources)
-        outer = [CommitAll(commits=real)] if real else []
-        measure = [Measure()] if real else []
+        outer, measure = ([CommitAll(commits=real)], [Measure()]) if real else ([], [])
         self._asked += len(measure)
         if not commits or min(module.round for module in self.run.modules.values()) <= self.run.round:
-            return [*outer, *measure]
+            more = self._dispatch(self.run.islands) if len(self.run.fragments) > 1 else []
+            return [*left_out, *outer, *more, *measure]
         self.run.round += 1
-        due = self.run.save_due(self.run.round)
-        self._held = due and self._saving  # until the earlier checkpoint is written, so that memory stays bounded
-        save = [self._save()] if due and not self._held else []  # keeps what is known before work is given out
+        save = self._saves.at_round_end(self.run)
         evaluation = [self._evaluation()] if self.run.eval_due(self.run.round) else []
-        return [*outer, *self._dispatch(self.run.islands), *evaluation, *measure, *save]
-
-    def _heard(self, key: ModuleKey, source: SourceId) -> ModuleView:
-        """Do not await `source` for the module's present round any more."""
-        module = self.run.modules[key]
-        module.awaited.discard(source)
-        return module
+        return [*left_out, *outer, *self._dispatch(self.run.islands), *evaluation, *measure, *save]
 
     # --- tasks ---
 
     def _dispatch(self, islands: Iterable[IslandId]) -> list[Command]:
         commands: list[Command] = []
-        if self._held or self._draining is not Drain.no:
+        if self._saves.held is not None or self._draining is not Drain.no:
             return commands
         for island in islands:
             view = self.run.islands[island]
@@ -254,9 +261,10 @@ class Coordinator:
         return commands
 
     def _give(self, task: Task, island: IslandView) -> Run:
-        self._queue(island, 1)
         self.run.sources[task.source].give(task)
-        return Run(task=task, wants={task.modules[slot]: None for slot in task.install})
+        run = Run(task=task, wants=island.give(task), ahead=island.queued > 0)
+        self._queue(island, 1)
+        return run
 
     def _queue(self, island: IslandView, change: int) -> None:
         island.queued += change
@@ -264,18 +272,12 @@ class Coordinator:
 
     def _evaluation(self) -> Run:
         self._asked += 1
-        task = self.run.bare_task(EVALUATOR, next(iter(self.run.sources.values())))
-        versions = {slot: self.run.modules[key].version for slot, key in task.modules.items()}
-        task = replace(task, install=versions, evaluate="validation")
+        task = self.run.evaluation()
         return Run(task=task, wants={key: None for key in task.modules.values()})
-
-    def _save(self) -> Save:
-        self._saving, self._saving_round = True, self.run.round
-        return Save(name=self.run.checkpoint_name(), view=self.run.to_json())
 
     def _settle(self) -> list[Command]:
         """The end of the run, or the next step of an interruption, once nothing is under way any more."""
-        if self._stopped or self._saving or self._held or self._asked or self._pushing or self._queued:
+        if self._stopped or self._saves or self._asked or self._pushes or self._queued:
             return []
         if self.run.round >= self.run.rounds:
             self._stopped = True
@@ -289,7 +291,7 @@ class Coordinator:
             return [Run(task=replace(task, save=True), wants={}) for task in tasks]
         if self._draining is Drain.export:
             self._draining = Drain.save
-            return [self._save()]
+            return [self._saves.begin(self.run, saved_view.checkpoint_name(self.run), saved_view.to_json(self.run))]
         return []
 
     def _evaluated(self, report: Report) -> Log:

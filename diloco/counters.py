@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diloco.messages import Report
 
@@ -40,6 +40,11 @@ class Counters:
         self.bytes_down += report.bytes_down
         self.bytes_inside += report.bytes_inside
         self.bytes_sent += report.bytes_up + report.bytes_down + (report.bytes_inside if lone else 0)
+
+    def minus(self, ahead: Counters) -> Counters:
+        """As they were before the tasks that are counted in `ahead`."""
+        added = ("inner_steps", "inner_s", "waiting_s", "bytes_up", "bytes_down", "bytes_inside", "bytes_sent")
+        return replace(self, **{name: vars(self)[name] - vars(ahead)[name] for name in added})
 
     def count_evaluation(self, round_: int, loss: float) -> None:
         """The global weights' validation loss after `round_` rounds."""

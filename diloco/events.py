@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from diloco.messages import Commit, CommitStats, IslandId, ModuleKey, Report, SourceId, Task, Verdict
+from diloco.messages import Commit, CommitStats, IslandId, ModuleKey, Report, Task, Turn, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,7 @@ class Received:
     """The store judged all parts of one source's contribution."""
 
     now_s: float
-    source: SourceId
-    round: int
+    turn: Turn
     verdicts: tuple[Verdict, ...]
     attempt: int = 0
 
@@ -92,10 +91,14 @@ Event: TypeAlias = Started | Finished | Received | Committed | Saved | Lost | Jo
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Have `task.island` run the task, with these modules pulled for it: key -> the version it already has."""
+    """Have `task.island` run the task, with these modules pulled for it: key -> the version it already has.
+
+    None: whatever it has, it gets full values.
+    """
 
     task: Task
     wants: Mapping[ModuleKey, int | None]
+    ahead: bool = False  # the island is busy: what is pulled may come meanwhile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diloco import buffers
-from diloco.codec import Codec
+from diloco.feedback import Encoder
 from diloco.layout import block_of
 from diloco.messages import Payload, Shape, Tensors
 from diloco.replica import Replica, checked, mix
@@ -43,20 +44,29 @@ class Fsdp2(Replica):
         """Gathered on every worker."""
         return {name: self._sharded[name].full_tensor().detach() for name in names}
 
+    def agreed(self, known: bool) -> bool:
+        """Told by the worker that sends."""
+        told = torch.tensor([known], dtype=torch.uint8, device=self.world.device)
+        dist.broadcast(told, src=0)
+        return bool(told)
+
     @torch.no_grad()
-    def install(self, names: Sequence[str], values: Tensors, keep: float) -> Tensors:
+    def spread(self, names: Sequence[str], values: Tensors) -> Tensors:
         """One parameter after the other is scattered from the worker that has the values."""
-        device, anchor = self.world.device, {}
+        device, parts = self.world.device, {}
         for name in names:
             own = self._sharded[name]
             value = values[name].to(device) if self.sends else torch.empty(own.shape, device=device)
             rows = distribute_tensor(value, self._mesh, own.placements, src_data_rank=0).to_local()
-            mix({name: own.to_local()}, {name: rows}, keep)
-            anchor[name] = rows.cpu().clone()  # its own memory, not a view of the whole value
-        return anchor
+            parts[name] = rows.cpu().clone()  # its own memory, not a view of the whole value
+        return parts
+
+    def install(self, names: Sequence[str], anchor: Tensors, keep: float) -> None:
+        """Each worker its rows."""
+        mix({name: self._sharded[name].to_local() for name in names}, anchor, keep)
 
     @torch.no_grad()
-    def contribution(self, codec: Codec, anchor: Tensors, names: Sequence[str]) -> Payload | None:
+    def contribution(self, encoder: Encoder, anchor: Tensors, names: Sequence[str]) -> Payload | None:
         """One parameter's difference after the other is gathered; only the worker that sends keeps it."""
         delta = buffers.like({name: self._sharded[name] for name in names}) if self.sends else {}
         for name in names:
@@ -65,7 +75,7 @@ class Fsdp2(Replica):
             full = self._like(own, rows).full_tensor()
             if self.sends:
                 delta[name].copy_(full)
-        return codec.encode(delta) if self.sends else None
+        return encoder.encode(delta) if self.sends else None
 
     @contextmanager
     def exchange(self, last: bool) -> Iterator[None]:

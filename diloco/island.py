@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from diloco import inner as inners
+from diloco.anchors import Anchors
 from diloco.codec import Codec, Float32
+from diloco.feedback import Feedback
 from diloco.inner import Inner, set_rate
 from diloco.messages import (
     Contribution,
@@ -31,6 +33,7 @@ from diloco.replica import Replica
 from diloco.workload import Corpus, Workload, cut
 
 SAMPLE_TOKENS = 80  # of the text shown at a run's end
+PARTS = ("local", "anchor", "inner", "workload", "residual", "pending")  # of what is exported of a source
 
 
 class Island:
@@ -48,6 +51,7 @@ class Island:
         corpus: Corpus,
         inner: Inner,
         codec: Codec,
+        codec_down: Codec,
         replica: Replica,
         accumulation: int,
         seed: int,
@@ -58,16 +62,14 @@ class Island:
         self.world, self.saves = replica.world, replica.saves
         self._replica, self._device = replica, replica.world.device
         self._dtype = inner.compute_dtype(self._device.type)
-        self._down = Float32()
         self._forward: nn.Module = replica.forward
         if inner.compile:
             self._forward = torch.compile(self._forward)  # type: ignore[assignment]
         self._modules: Modules | None = None
         self._source: SourceId | None = None
         self._optimizers = inner.build(self._replica.parameters())
-        # CPU float32: this worker's parts of what was installed; on Ray in the object store, which a node shares.
-        self._anchors: Tensors = {}
-        self._base_versions: dict[SlotName, int] = {}
+        self._anchors = Anchors(replica, codec_down)
+        self._feedback = Feedback()
         self._fresh_since: int | None = None  # step at which empty optimizer state was started with in mid-run
         self._last_end_s: float | None = None
 
@@ -99,7 +101,7 @@ class Island:
                     shape = tuple(own[wrong[0]].shape)
                     raise ValueError(f"init_from lacks parameter {wrong[0]} in the model's shape {shape}")
                 own = {name: values[name] for name in names}
-            snapshots.append(Snapshot(module=key, version=0, base_version=None, payload=self._down.encode(own)))
+            snapshots.append(Snapshot(module=key, version=0, base_version=None, payload=Float32().encode(own)))
         return snapshots
 
     def run(self, task: Task, snapshots: Sequence[Snapshot]) -> tuple[Report, list[Contribution]]:
@@ -114,12 +116,12 @@ class Island:
         start_s = time.perf_counter()
         waiting_s = 0.0 if self._last_end_s is None else start_s - self._last_end_s
         self._become(task.source, task.first_step)
-        refused = any(not accepted for _, accepted in task.settled)
-        if refused:  # moments that met a number that is not finite never recover
+        if task.fresh:  # moments that met a number that is not finite never recover
             self._start_fresh(task.first_step)
-        # Weights that were refused, or were never trained here, are not kept.
-        keep = 0.0 if refused or not self._base_versions else task.keep
-        self.install(snapshots, task.install, keep)  # line 4: theta_i <- theta; the anchor is what was installed
+        self._feedback.settle(task.settled)
+        self.install(
+            snapshots, task.install, 0.0 if task.fresh else task.keep
+        )  # line 4: theta_i <- theta; the anchor is what was installed
         train_start_s = time.perf_counter()
         losses: list[Tensor] = []
         norms: list[Tensor] = []
@@ -159,7 +161,8 @@ class Island:
     def contribution(self, task: Task, slot: SlotName) -> Contribution | None:
         """What the island sends of a slot; None on workers that do not send."""
         assert self._modules is not None
-        payload = self._replica.contribution(self._codec, self._anchors, self._modules.slots[slot])
+        encoder = self._feedback.around(self._codec, task.round, task.fragment)
+        payload = self._replica.contribution(encoder, self._anchors.values, self._modules.slots[slot])
         contribution = None
         if payload is not None:
             contribution = Contribution(
@@ -167,7 +170,7 @@ class Island:
                 source=task.source,
                 island=task.island,
                 round=task.round,
-                base_version=self._base_versions[slot],
+                base_version=self._anchors.versions[slot],
                 payload=payload,
                 attempt=task.attempt,
             )
@@ -183,28 +186,23 @@ class Island:
         for its island needs to have.
         """
         assert self._modules is not None
-        found = {self._modules.slot_of(snapshot.module): snapshot for snapshot in snapshots}
-        for slot, version in (versions or {slot: snapshot.version for slot, snapshot in found.items()}).items():
-            values: Tensors = {}
-            if self._replica.sends:
-                assert found[slot].version == version, "torn versions"
-                values = self._down.view(found[slot].payload)  # snapshots never change once they are given out
-            self._anchors |= self._replica.install(self._modules.slots[slot], values, keep)
-            self._base_versions[slot] = version
+        given = {self._modules.slot_of(snapshot.module): snapshot.version for snapshot in snapshots}
+        self._anchors.install(self._modules, snapshots, given if versions is None else versions, keep)
 
     def export(self, source: SourceId) -> State:
         """Copies of all that belongs to `source`: optimizer state, local weights, anchors, the workload's own."""
         assert source == self._source or self._source is None
         parameters = self._replica.parameters()
         tensors = {f"local/{name}": value.detach().cpu().clone() for name, value in parameters.items()}
-        anchors = {name: self._replica.whole(name, part.clone()) for name, part in self._anchors.items()}
+        anchors = {name: self._replica.whole(name, part.clone()) for name, part in self._anchors.values.items()}
         tensors |= {f"anchor/{name}": value for name, value in anchors.items()}
         extra = self._workload.state()
         tensors |= {f"workload/{name}": value.cpu().clone() for name, value in extra.tensors.items()}
+        tensors |= self._feedback.state()
         moments, scalars = inners.state_of(self._optimizers)
         tensors |= {f"inner/{name}": value for name, value in moments.items()}
         meta = {
-            "versions": dict(self._base_versions),
+            "versions": dict(self._anchors.versions),
             "scalars": scalars,
             "fresh_since": self._fresh_since,
             "workload": extra.meta,
@@ -214,7 +212,7 @@ class Island:
     def load(self, source: SourceId, state: State) -> None:
         """Become `source` as it was when `export` was called."""
         self._become(source, 0)
-        parts: dict[str, Tensors] = {"local": {}, "anchor": {}, "inner": {}, "workload": {}}
+        parts: dict[str, Tensors] = {part: {} for part in PARTS}
         for name, value in state.tensors.items():
             part, _, rest = name.partition("/")
             # A copy: the state stays what it was while this island trains on.
@@ -223,9 +221,10 @@ class Island:
         with torch.no_grad():
             for name, value in parts["local"].items():
                 parameters[name].copy_(value)
-        self._anchors = {name: self._replica.part(value) for name, value in parts["anchor"].items()}
-        self._base_versions = {SlotName(slot): version for slot, version in state.meta["versions"].items()}
+        self._anchors.values = {name: self._replica.part(value) for name, value in parts["anchor"].items()}
+        self._anchors.versions = {SlotName(slot): version for slot, version in state.meta["versions"].items()}
         self._fresh_since = state.meta["fresh_since"]
+        self._feedback.load(parts)
         self._workload.load_state(State(tensors=parts["workload"], meta=state.meta["workload"]))
         inners.load_state(self._optimizers, parts["inner"], state.meta["scalars"])
 
@@ -252,7 +251,8 @@ class Island:
         if self._source == source:
             return
         if self._source is not None:
-            self._anchors, self._base_versions = {}, {}
+            self._anchors.clear()
+            self._feedback = Feedback()
         self._source = source
         self._start_fresh(step)
 

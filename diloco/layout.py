@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from diloco.messages import ModuleKey, Modules, Shape, SlotName
 
@@ -54,6 +55,84 @@ class Whole(Layout):
         return single_path(names, parameters, shards)
 
 
+class Cut(Enum):
+    """How a model is cut into fragments."""
+
+    strided = "strided"  # block i of the model goes to fragment i modulo their number
+    sequential = "sequential"  # blocks that follow each other stay together
+    balanced = "balanced"  # whole parameters, wherever they lie, so that all fragments have about the same bytes
+
+
+class Outside(Enum):
+    """Where the parameters outside the blocks go: embedding, head, final norm."""
+
+    own = "own"  # each matrix is a fragment; what is no matrix goes with the last of them
+    balanced = "balanced"  # to the fragments of blocks, the largest to the smallest
+
+
+@dataclass(kw_only=True)
+class Fragments(Layout):
+    """Streaming DiLoCo's fragments (arXiv:2501.18512, section 2.2): slots that are exchanged one after the other.
+
+    Each fragment is spread over all shards of the store, so that its exchange uses the links of all of them.
+    """
+
+    layers_per_fragment: int = 3  # transformer blocks
+    cut: Cut = Cut.strided
+    count: int = 0  # fragments in place of layers_per_fragment; cut=balanced needs it
+    outside: Outside = Outside.own
+    keep_blocks: bool = False  # the parts of a fragment cut no block; set where replica=fsdp2
+
+    def __post_init__(self) -> None:
+        self.cut, self.outside = Cut(self.cut), Outside(self.outside)  # config.yaml has their names
+        if self.layers_per_fragment < 1:
+            raise ValueError(f"layout.layers_per_fragment={self.layers_per_fragment} must be at least 1")
+        if self.count < 0:
+            raise ValueError(f"layout.count={self.count} must not be negative (0 = derived from layers_per_fragment)")
+        if self.cut is Cut.balanced and not self.count:
+            raise ValueError("layout.cut=balanced needs to know into how many fragments: give layout.count")
+
+    def build(self, parameters: Mapping[str, Shape], shards: int) -> Modules:
+        """One module a slot; a fragment has as many slots as there are shards, if it has parameters enough."""
+        groups = self._groups(parameters)
+        slots: dict[str, list[str]] = {}
+        placed: dict[ModuleKey, int] = {}
+        turns: list[tuple[SlotName, ...]] = []
+        loads = [0] * shards
+        for fragment, names in groups.items():
+            own = {name: parameters[name] for name in names}
+            parts = list(_balanced(own, shards, block_of if self.keep_blocks else str).values())
+            named = {fragment if len(parts) == 1 else f"{fragment}.part{i}": part for i, part in enumerate(parts)}
+            sizes = {slot: _elements(part, parameters) for slot, part in named.items()}
+            free = sorted(range(shards), key=loads.__getitem__)  # no two parts of a fragment on one shard
+            for slot, shard in zip(sorted(sizes, key=lambda slot: -sizes[slot]), free, strict=False):
+                placed[ModuleKey(f"{slot}/0")] = shard
+                loads[shard] += sizes[slot]
+            slots |= named
+            turns.append(tuple(SlotName(slot) for slot in named))
+        check_partition(slots, parameters)
+        return Modules(
+            slots={SlotName(slot): tuple(names) for slot, names in slots.items()},
+            paths=({SlotName(slot): ModuleKey(f"{slot}/0") for slot in slots},),
+            shards={ModuleKey(f"{slot}/0"): placed[ModuleKey(f"{slot}/0")] for slot in slots},
+            fragments=tuple(turns),
+        )
+
+    def _groups(self, parameters: Mapping[str, Shape]) -> dict[str, list[str]]:
+        if self.cut is Cut.balanced:
+            if self.count > len(parameters):
+                raise ValueError(f"layout.count={self.count} is more than the model's {len(parameters)} parameters")
+            groups = _balanced(parameters, self.count, block_of if self.keep_blocks else str)
+            return {f"balanced.{i}": names for i, names in enumerate(groups.values())}
+        return fragments(
+            parameters,
+            layers_per_fragment=self.layers_per_fragment,
+            strided=self.cut is Cut.strided,
+            count=self.count,
+            spread_outside=self.outside is Outside.balanced,
+        )
+
+
 def single_path(slots: Mapping[str, Sequence[str]], parameters: Mapping[str, Shape], shards: int) -> Modules:
     """Modules for a model that all sources share: module `slot/0` for each slot, on the least loaded shard.
 
@@ -84,14 +163,21 @@ def split(parameters: Mapping[str, Shape], patterns: Mapping[str, str]) -> dict[
 
 
 def fragments(
-    parameters: Mapping[str, Shape], *, layers_per_fragment: int = 3, strided: bool = True
+    parameters: Mapping[str, Shape],
+    *,
+    layers_per_fragment: int = 3,
+    strided: bool = True,
+    count: int = 0,
+    spread_outside: bool = False,
 ) -> dict[str, list[str]]:
-    """Fragments of Streaming DiLoCo (arXiv:2501.18512, section 2.2): blocks by their number, the rest by name.
+    """Fragments of Streaming DiLoCo (arXiv:2501.18512, section 2.2): blocks by their number, the rest by its size.
 
     A block's number is the first number in its parameters' names (`model.layers.7.mlp...` is block 7).
-    With P fragments of blocks, strided puts block i in fragment i mod P; otherwise consecutive blocks stay
-    together. Parameters outside the blocks (embedding, final norm, head) form one fragment of their own.
-    Raises ValueError where there are no blocks or `layers_per_fragment` is less than 1.
+    With P fragments of blocks (`count`, or as many as `layers_per_fragment` gives), strided puts block i in fragment
+    i mod P; otherwise consecutive blocks stay together. Of the parameters outside the blocks (embedding, final norm,
+    head) each matrix is a fragment of its own, and what is no matrix goes with the last of them; `spread_outside`
+    gives them to the fragments of blocks instead, the largest first, each to the smallest.
+    Raises ValueError where there are no blocks, or fewer than fragments.
     """
     if layers_per_fragment < 1:
         raise ValueError(f"layers_per_fragment={layers_per_fragment} must be at least 1")
@@ -102,15 +188,39 @@ def fragments(
         (rest if number is None else blocks.setdefault(number, [])).append(name)
     if not blocks:
         raise ValueError("the model has no numbered blocks to cut into fragments; use layout=whole")
-    num_fragments = math.ceil(len(blocks) / layers_per_fragment)
+    num_fragments = count or math.ceil(len(blocks) / layers_per_fragment)
+    if num_fragments > len(blocks):
+        raise ValueError(f"layout.count={count} fragments are more than the model's {len(blocks)} blocks; use fewer")
     slots: dict[str, list[str]] = {f"blocks.{i}": [] for i in range(num_fragments)}
     for position, number in enumerate(sorted(blocks)):
-        index = position % num_fragments if strided else position // layers_per_fragment
-        slots[f"blocks.{index}"] += blocks[number]
-    if rest:
-        slots["outside"] = rest
+        together = position // layers_per_fragment if not count else position * count // len(blocks)
+        slots[f"blocks.{position % num_fragments if strided else together}"] += blocks[number]
+    slots = _spread(slots, rest, parameters) if spread_outside else slots | _outside(rest, parameters)
     check_partition(slots, parameters)
     return slots
+
+
+def _outside(names: Sequence[str], parameters: Mapping[str, Shape]) -> dict[str, list[str]]:
+    """Each matrix for itself, in the model's order; the rest with the last one."""
+    own: list[list[str]] = [[name] for name in names if len(parameters[name]) > 1]
+    rest = [name for name in names if len(parameters[name]) <= 1]
+    if rest and own:
+        own[-1] += rest
+    elif rest:
+        own.append(rest)
+    return {f"outside.{i}": group for i, group in enumerate(own)}
+
+
+def _spread(
+    slots: Mapping[str, list[str]], names: Sequence[str], parameters: Mapping[str, Shape]
+) -> dict[str, list[str]]:
+    """`slots` with these parameters added, the largest first, each to the smallest."""
+    found = {slot: list(own) for slot, own in slots.items()}
+    for name in sorted(names, key=lambda name: -math.prod(parameters[name])):
+        smallest = min(found, key=lambda slot: _elements(found[slot], parameters))
+        found[smallest].append(name)
+    order = {name: i for i, name in enumerate(parameters)}
+    return {slot: sorted(own, key=order.__getitem__) for slot, own in found.items()}
 
 
 def block_of(name: str) -> str:

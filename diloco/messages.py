@@ -35,10 +35,33 @@ class Modules:
     slots: Mapping[SlotName, tuple[str, ...]]  # the parameter names of each slot, in the model's order
     paths: tuple[Mapping[SlotName, ModuleKey], ...]  # path index -> which module fills which slot
     shards: Mapping[ModuleKey, int]  # which shard of the store holds a module
+    fragments: tuple[tuple[SlotName, ...], ...] = ()  # slots that are exchanged together, in order; () = all at once
+
+    def __post_init__(self) -> None:
+        if not self.fragments:
+            object.__setattr__(self, "fragments", (tuple(self.slots),))
 
     def slot_of(self, module: ModuleKey) -> SlotName:
         """The slot that `module` fills: the part of its key before the last slash."""
         return SlotName(module.rpartition("/")[0])
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Turn:
+    """One source's turn to contribute: of a round it has one for each fragment, in their order."""
+
+    source: SourceId
+    round: int
+    fragment: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What became of a contribution. Told again and again, so that no lost task matters."""
+
+    round: int
+    fragment: int
+    accepted: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +80,18 @@ class Task:
     steps: int
     send: tuple[SlotName, ...]
     last: bool  # ends the source's round
+    fragment: int = 0  # whose turn in the round these steps belong to
+    ends: bool = False  # ends that turn: what is sent, or was dropped, is this fragment
+    fresh: bool = False  # start with empty optimizer state, since the source's weights were refused
     attempt: int = 0  # how often the source's work was given out anew; a later one replaces an earlier one
     evaluate: str | None = None  # a split to evaluate after installing
     save: bool = False  # export the source's state after the last step, for a checkpoint
-    settled: tuple[tuple[int, bool], ...] = ()  # (round, accepted) of earlier contributions, for error feedback
+    settled: tuple[Settled, ...] = ()  # what became of this source's last contributions, for error feedback
+
+    @property
+    def turn(self) -> Turn:
+        """Whose contribution, of which round and fragment, the task works for."""
+        return Turn(source=self.source, round=self.round, fragment=self.fragment)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -89,11 +89,13 @@ class MetricsWriter:
         sinks: Sequence[Sink] = (),
         resume_bytes: int | None = None,
         resume_round: int = 0,
+        resume_steps: Mapping[int, int] | None = None,
         earlier_s: float = 0.0,
     ) -> None:
         """Cut the file in `folder` back to `resume_bytes` (None: keep it) and to whole lines.
 
-        What is told of a round after it is saved (its commit and its checkpoint) stays up to `resume_round`.
+        What is told of a round after it is saved (its commit and its checkpoint) stays up to `resume_round`; what was
+        told before of steps that are trained again, those after `resume_steps` (by source), goes.
         `earlier_s` is the time that the run took before it was resumed.
         """
         self._sinks = list(sinks)
@@ -103,13 +105,18 @@ class MetricsWriter:
         self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
         before = (folder / "metrics.jsonl").read_bytes()
         kept = before[:resume_bytes]
-        self._nbytes = kept.rfind(b"\n") + 1
+        whole = self._nbytes = kept.rfind(b"\n") + 1
         self._file.truncate(self._nbytes)
+        lines = kept[:whole].splitlines(keepends=True)
+        once = [line for line in lines if not _is_again(line, resume_steps or {})]
+        if len(once) < len(lines):
+            self._file.truncate(0)
+            self._nbytes = self._file.write(b"".join(once))
         for line in before[len(kept) :].splitlines(keepends=True):
             if _is_kept(line, resume_round):
                 self._append(line)
-        if resume_bytes is not None and self._nbytes < resume_bytes:
-            text = f"metrics.jsonl lacks lines: {self._nbytes} bytes of the {resume_bytes} of the checkpoint"
+        if resume_bytes is not None and whole < resume_bytes:
+            text = f"metrics.jsonl lacks lines: {whole} bytes of the {resume_bytes} of the checkpoint"
             self.write({"event": "warning", "message": text})
 
     @property
@@ -204,6 +211,7 @@ def open_metrics(
     config: Mapping[str, object],
     resume_bytes: int | None = None,
     resume_round: int = 0,
+    resume_steps: Mapping[int, int] | None = None,
     earlier_s: float = 0.0,
 ) -> tuple[MetricsWriter, Display]:
     """The writer with the sinks that `settings` ask for, and the display for messages and the summary.
@@ -219,7 +227,12 @@ def open_metrics(
         except Exception as error:  # of many kinds: wandb missing, no network, no space
             problem = f"metrics.wandb={settings.wandb.value} is off: {type(error).__name__}: {error}"
     writer = MetricsWriter(
-        folder, sinks=sinks, resume_bytes=resume_bytes, resume_round=resume_round, earlier_s=earlier_s
+        folder,
+        sinks=sinks,
+        resume_bytes=resume_bytes,
+        resume_round=resume_round,
+        resume_steps=resume_steps,
+        earlier_s=earlier_s,
     )
     if problem:
         writer.write({"event": "warning", "message": problem})
@@ -233,6 +246,15 @@ def _is_kept(line: bytes, up_to_round: int) -> bool:
     except ValueError:
         return False
     return line.endswith(b"\n") and record["event"] in ("commit", "checkpoint") and record["round"] <= up_to_round
+
+
+def _is_again(line: bytes, steps: Mapping[int, int]) -> bool:
+    """Whether a line tells of a segment of a source that went on after this step."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return bool(record["event"] == "segment" and record["step"] > steps.get(record["source"], record["step"]))
 
 
 def _json_value(value: object, key: str, bad: dict[str, float]) -> object:

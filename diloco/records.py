@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from diloco.counters import Counters
 from diloco.events import Committed, Joined, Log, Lost, Received, Saved
 from diloco.messages import Report, SourceId, Task, Verdict
+from diloco.views import RunView
 
 
-def committed(event: Committed, counters: Counters) -> Log:
-    """What a round's outer steps looked like; norms and cosines are over all modules together."""
-    stats = event.stats
+def committed(event: Committed, run: RunView) -> Log:
+    """What the outer steps of a fragment looked like; norms and cosines are over all its modules together."""
+    stats, counters = event.stats, run.counters
     size = len(stats[0].gram)
     gram = [[sum(s.gram[i][j] for s in stats) for j in range(size)] for i in range(size)]
     norms = [math.sqrt(max(gram[i][i], 0.0)) for i in range(size)]
@@ -21,6 +21,7 @@ def committed(event: Committed, counters: Counters) -> Log:
     record: dict[str, object] = {
         "event": "commit",
         "round": stats[0].round + 1,
+        "fragment": run.fragment_of(stats[0].module),
         "outer/version": max(s.version for s in stats),
         "outer/update_norm": math.sqrt(sum(s.update_square for s in stats)),
         "outer/contribution_norm": sum(norms) / size,
@@ -85,13 +86,21 @@ def joined(event: Joined, round_: int) -> Log:
 
 def late(event: Received, round_: int) -> Log:
     """A contribution that nobody waits for any more."""
-    return warning(f"a contribution of source {event.source} to round {event.round} came too late", round_)
+    turn = event.turn
+    return warning(f"a contribution of source {turn.source} to round {turn.round} came too late", round_)
+
+
+def left_out(source: SourceId, left: int, round_: int) -> Log:
+    """A round that ended without a source, since it had been waited for long enough."""
+    text = f"source {source} is late: round {left} went on without it"
+    return Log(record={"event": "late", "round": round_, "source": source, "of_round": left, "message": text})
 
 
 def rejected(event: Received, bad: Verdict, round_: int) -> Log:
     """A contribution of which a part is bad."""
     why = "is not finite" if bad.shape_ok else "has the wrong names or shapes"
-    text = f"the contribution of source {event.source} to round {event.round} {why} in module {bad.module}"
+    turn = event.turn
+    text = f"the contribution of source {turn.source} to round {turn.round} {why} in module {bad.module}"
     return warning(f"{text}; all of it was rejected", round_)
 
 

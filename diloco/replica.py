@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diloco.codec import Codec
+from diloco.feedback import Encoder
 from diloco.messages import Payload, Shape, Tensors
 from diloco.workers import World
 
@@ -70,20 +70,27 @@ class Replica(ABC):
             digest.update(self.read([name])[name].cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    @abstractmethod
-    def install(self, names: Sequence[str], values: Tensors, keep: float) -> Tensors:
-        """parameter <- keep * parameter + (1 - keep) * value, in place. Collective.
+    def agreed(self, known: bool) -> bool:
+        """What the worker that `sends` knows, on all of them. Collective."""
+        return known
 
-        `values`: full float32 CPU tensors on the worker that `sends`, ignored on the others. Returns the anchor:
-        the values' parts (float32, CPU) that this worker will need for `contribution`.
+    @abstractmethod
+    def spread(self, names: Sequence[str], values: Tensors) -> Tensors:
+        """Global values, or an update of them, as far as this worker needs them for anchors: float32 on the CPU.
+
+        `values`: full float32 CPU tensors on the worker that `sends`, ignored on the others. Collective.
         """
 
-    def contribution(self, codec: Codec, anchor: Tensors, names: Sequence[str]) -> Payload | None:
+    @abstractmethod
+    def install(self, names: Sequence[str], anchor: Tensors, keep: float) -> None:
+        """parameter <- keep * parameter + (1 - keep) * anchor, in place; `anchor` from `spread`. Collective."""
+
+    def contribution(self, encoder: Encoder, anchor: Tensors, names: Sequence[str]) -> Payload | None:
         """anchor - parameter, in float32 before any cast for the wire (pitfall L11), encoded. Collective.
 
         None on the workers that do not send.
         """
-        return codec.encode_difference(anchor, self.read(names)) if self.sends else None
+        return encoder.encode_difference(anchor, self.read(names)) if self.sends else None
 
     def exchange(self, last: bool) -> AbstractContextManager[None]:
         """Around a backward pass: gradients are exchanged between the workers only in the `last` one of a step."""
@@ -131,10 +138,13 @@ class Single(Replica):
         world = world or World()
         super().__init__(checked(model).to(device=world.device), world)
 
-    def install(self, names: Sequence[str], values: Tensors, keep: float) -> Tensors:
-        """The anchor is `values` itself."""
-        mix({name: self._parameters[name] for name in names}, values, keep)
+    def spread(self, names: Sequence[str], values: Tensors) -> Tensors:
+        """The values themselves."""
         return values
+
+    def install(self, names: Sequence[str], anchor: Tensors, keep: float) -> None:
+        """All of it, here."""
+        mix({name: self._parameters[name] for name in names}, anchor, keep)
 
 
 class Ddp(Replica):
@@ -150,13 +160,16 @@ class Ddp(Replica):
         )
         self.forward = self._ddp
 
-    def install(self, names: Sequence[str], values: Tensors, keep: float) -> Tensors:
-        """Mixed where the values are, then broadcast: no other worker needs an anchor."""
+    def spread(self, names: Sequence[str], values: Tensors) -> Tensors:
+        """Kept where they are: no other worker needs an anchor."""
+        return values
+
+    def install(self, names: Sequence[str], anchor: Tensors, keep: float) -> None:
+        """Mixed where the anchor is, then broadcast."""
         if self.sends:
-            mix({name: self._parameters[name] for name in names}, values, keep)
+            mix({name: self._parameters[name] for name in names}, anchor, keep)
         for sent in [dist.broadcast(self._parameters[n].detach(), src=0, async_op=True) for n in names]:
             sent.wait()
-        return values if self.sends else {}
 
     def exchange(self, last: bool) -> AbstractContextManager[None]:
         """DDP's own switch."""

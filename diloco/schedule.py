@@ -7,12 +7,14 @@ of what the coordinator knows, and time is an argument.
 from __future__ import annotations
 
 import random
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diloco.messages import Commit, ModuleKey, SourceId, Task
-from diloco.views import Arrival, IslandView, RunView, SourceView
+from diloco.messages import Commit, ModuleKey, SlotName, SourceId, Task
+from diloco.progress import SourceView
+from diloco.views import Arrival, IslandView, RunView
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,16 @@ class NoMore:
 class Schedule(ABC):
     """Pure and deterministic: the same views and time give the same answer, and nothing is written."""
 
+    def check(self, inner_steps: int, fragments: int) -> None:
+        """Raise ValueError where rounds of so many steps cannot have so many turns, all of the same length."""
+        if inner_steps % fragments:
+            down = inner_steps - inner_steps % fragments
+            near = f"{down} or {down + fragments}" if down else f"{fragments}"
+            raise ValueError(
+                f"inner_steps={inner_steps} is not divisible by the {fragments} fragments of the layout;"
+                f" use {near}, or other fragments (layout.layers_per_fragment)"
+            )
+
     @abstractmethod
     def next_task(self, island: IslandView, run: RunView, now_s: float) -> Task | Wait | NoMore:
         """What `island` should do after the tasks it has been given so far."""
@@ -39,49 +51,100 @@ class Schedule(ABC):
     def commits(self, run: RunView, touched: Sequence[ModuleKey], now_s: float) -> list[Commit]:
         """The outer steps now due for the modules just heard of. One without sources only ends the round."""
 
+    def overdue_s(self, run: RunView) -> float | None:
+        """When `commits` should be asked about all modules though nobody was heard; None = never."""
+        return None
+
 
 @dataclass(kw_only=True)
 class Barrier(Schedule):
-    """Synchronous DiLoCo (arXiv:2311.08105, Alg. 1): a module steps when all who take part were heard.
+    """Synchronous DiLoCo (arXiv:2311.08105, Alg. 1) and Streaming DiLoCo (arXiv:2501.18512, Alg. 2).
+
+    A module steps when all who take part were heard. With P fragments, fragment p of a round of H inner steps is sent
+    after step (p + 1) H / P and installed `lag` (tau) steps later, while training goes on; `keep` (alpha) is the share
+    of the local weights that survives. One fragment, lag 0 and keep 0 are plain DiLoCo.
 
     `drop_probability`: a source's contribution to a round is dropped with this chance; it then neither
-    sends nor installs, and keeps its own weights for the next round (section 3.4 of the paper).
+    sends nor installs, and keeps its own weights for the next round (section 3.4 of arXiv:2311.08105).
+
+    Late islands: once others were heard, a round waits until the median of the last arrivals' times + `late_mads`
+    times their median absolute deviation, but at least `late_floor_s` and at most `late_ceiling_s` beyond the median.
+    Then it steps without them.
     """
 
+    lag: int = 0  # inner steps between sending a fragment and installing what became of it
+    keep: float = 0.0  # share of the local weights that survives an install
     drop_probability: float = 0.0
+    late_mads: float = 10.0  # 0 = wait for ever
+    late_floor_s: float = 60.0
+    late_ceiling_s: float = 1800.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop_probability <= 1:
-            raise ValueError(f"schedule.drop_probability={self.drop_probability} is outside [0, 1]")
+        if self.lag < 0:
+            raise ValueError(f"schedule.lag={self.lag} must not be negative; 0 installs before training goes on")
+        for name in ("keep", "drop_probability"):
+            if not 0 <= vars(self)[name] <= 1:
+                raise ValueError(f"schedule.{name}={vars(self)[name]} is outside [0, 1]")
+        if self.late_mads < 0:
+            raise ValueError(f"schedule.late_mads={self.late_mads} must not be negative; 0 waits for ever")
+        if not 0 <= self.late_floor_s <= self.late_ceiling_s:
+            raise ValueError(
+                f"schedule.late_floor_s={self.late_floor_s} must be between 0 and"
+                f" schedule.late_ceiling_s={self.late_ceiling_s}"
+            )
+
+    def check(self, inner_steps: int, fragments: int) -> None:
+        """Also, a fragment must be installed before it is sent again."""
+        super().check(inner_steps, fragments)
+        if self.lag >= inner_steps:
+            raise ValueError(
+                f"schedule.lag={self.lag} is not below inner_steps={inner_steps}: a fragment would be sent again"
+                f" before it is installed; use at most {inner_steps - 1}, better 1 to 5"
+            )
 
     def next_task(self, island: IslandView, run: RunView, now_s: float) -> Task | Wait | NoMore:
-        """The next segment of the source's round; the first one only once its modules took their last step."""
+        """The steps up to the next point where something is sent or installed; waits for what is to be installed."""
         source = run.sources[island.source]
-        if source.round >= run.rounds:
-            return NoMore()
         path = run.path_of(source)
-        if source.segment == 0 and any(run.modules[key].round < source.round for key in path.values()):
-            return Wait()
-        steps = run.inner_steps - source.done
-        if run.segment_steps:
-            steps = min(steps, run.segment_steps)
-        last = source.done + steps == run.inner_steps
         first = source.segment == 0
+        oldest = min(run.modules[key].round for key in path.values()) if first else 0
+        round_ = max(source.round, oldest)  # who came too late goes on with what is awaited now
+        if round_ >= run.rounds:
+            return NoMore()
+        due = self._due(run, round_, source)
+        if source.whole and oldest < round_:
+            return Wait()
+        if due is not None and any(run.modules[key].round <= due[0] for key in run.keys(source, due[1])):
+            return Wait()
+        refused = due is not None and source.refused(*due)
+        slots: Sequence[SlotName] = ()
+        if source.whole or refused:
+            slots = tuple(path)
+        elif due is not None:
+            slots = run.fragments[due[1]]
+        dropped = due is not None and self._drops(run, due[0], source)
+        fragment = source.done * len(run.fragments) // run.inner_steps
+        steps = self._steps(run, source.done)
+        ends = (source.done + steps) * len(run.fragments) == (fragment + 1) * run.inner_steps
+        last = source.done + steps == run.inner_steps
         return Task(
             source=source.source,
             island=island.island,
-            round=source.round,
+            round=round_,
             segment=source.segment,
             modules=path,
-            install={slot: run.modules[key].version for slot, key in path.items()} if first else {},
-            keep=1.0 if source.dropped else 0.0,
+            install={slot: run.modules[path[slot]].version for slot in slots},
+            keep=0.0 if source.whole or refused else 1.0 if dropped else self.keep,
             shard=source.shard,
             first_step=source.position,
             steps=steps,
-            send=() if not last or self._drops(run, source) else tuple(path),
+            send=run.fragments[fragment] if ends and not self._drops(run, round_, source) else (),
             last=last,
+            fragment=fragment,
+            ends=ends,
+            fresh=refused,
             attempt=source.attempt,
-            save=last and run.save_due(source.round + 1),
+            save=last and run.save_due(round_ + 1),
             settled=tuple(source.settled),
         )
 
@@ -93,7 +156,7 @@ class Barrier(Schedule):
         weights: tuple[float, ...] = ()
         for key in touched:
             module = run.modules[key]
-            if module.awaited:
+            if module.awaited and not self._overdue(run, key, now_s):
                 continue
             if module.arrivals != arrivals:  # those of one path are most often alike
                 arrivals = module.arrivals
@@ -102,7 +165,50 @@ class Barrier(Schedule):
             ready.append(Commit(module=key, round=module.round, sources=sources, weights=weights))
         return ready
 
-    def _drops(self, run: RunView, source: SourceView) -> bool:
+    def overdue_s(self, run: RunView) -> float | None:
+        """When the patience with the late ends; only once somebody else was heard."""
+        patience_s = self._patience_s(run)
+        if patience_s is None:
+            return None
+        waiting = {
+            (module.round, run.fragment_of(key))
+            for key, module in run.modules.items()
+            if module.awaited and module.arrivals
+        }
+        return min((run.opened_s[turn] + patience_s for turn in waiting if turn in run.opened_s), default=None)
+
+    def _patience_s(self, run: RunView) -> float | None:
+        """How long after its opening a round is waited for; None until a round's arrivals were seen."""
+        if not self.late_mads or len(run.arrival_s) < len(run.sources):
+            return None
+        median = statistics.median(run.arrival_s)
+        spread_s = statistics.median(abs(seconds - median) for seconds in run.arrival_s)
+        return median + min(max(self.late_mads * spread_s, self.late_floor_s), self.late_ceiling_s)
+
+    def _overdue(self, run: RunView, key: ModuleKey, now_s: float) -> bool:
+        module = run.modules[key]
+        opened_s = run.opened_s.get((module.round, run.fragment_of(key)))
+        if not module.arrivals or opened_s is None or now_s - opened_s < self.late_floor_s:
+            return False  # in most cases; the rest takes time to know
+        patience_s = self._patience_s(run)
+        return patience_s is not None and now_s >= opened_s + patience_s
+
+    def _due(self, run: RunView, round_: int, source: SourceView) -> tuple[int, int] | None:
+        """(round, fragment) whose outcome is to be installed before the source's next step."""
+        turn_steps = run.inner_steps // len(run.fragments)
+        sent_steps = round_ * run.inner_steps + source.done - self.lag  # after so many in all was that fragment sent
+        if sent_steps <= 0 or sent_steps % turn_steps:
+            return None
+        due = divmod(sent_steps // turn_steps - 1, len(run.fragments))
+        return due if due[0] >= source.began else None
+
+    def _steps(self, run: RunView, done: int) -> int:
+        """Up to the next point of the round where something is sent or installed, or a segment ends."""
+        turn_steps = run.inner_steps // len(run.fragments)
+        steps = min(turn_steps - done % turn_steps, turn_steps - (done - self.lag) % turn_steps)
+        return min(steps, run.segment_steps) if run.segment_steps else steps
+
+    def _drops(self, run: RunView, round_: int, source: SourceView) -> bool:
         if not self.drop_probability:
             return False
-        return random.Random(f"drop/{run.seed}/{source.round}/{source.source}").random() < self.drop_probability
+        return random.Random(f"drop/{run.seed}/{round_}/{source.source}").random() < self.drop_probability

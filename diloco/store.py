@@ -13,6 +13,7 @@ import torch
 
 from diloco import buffers
 from diloco.codec import Codec, Float32
+from diloco.feedback import Feedback
 from diloco.merge import Merge
 from diloco.messages import (
     Commit,
@@ -20,6 +21,7 @@ from diloco.messages import (
     Contribution,
     ModuleKey,
     Payload,
+    Settled,
     Snapshot,
     SourceId,
     State,
@@ -52,23 +54,26 @@ class _Module:
     verdicts: dict[Key, Verdict] = field(default_factory=dict)
     draft: tuple[Payload, Tensors] | None = None  # a copy of the values, for the next step to be taken on
     last: _Step | None = None  # kept until it is measured
+    update: Snapshot | None = None  # from the version before to the newest
+    feedback: Feedback = field(default_factory=Feedback)  # what `codec_down` lost
 
 
 class ModuleStore:
     """One shard of the store: plain, single-threaded, without Ray or clock.
 
-    `codec` is that of contributions. Snapshots go down as full float32 values.
+    `codec` is that of contributions. Values go down in full as float32, or with another `codec_down` as updates: the
+    store takes over each update as it is decoded, so that whoever follows them has the same bits.
     """
 
-    def __init__(self, *, outer: OuterOptimizer, merge: Merge, codec: Codec) -> None:
+    def __init__(self, *, outer: OuterOptimizer, merge: Merge, codec: Codec, codec_down: Codec) -> None:
         self._outer, self._merge, self._codec = outer, merge, codec
-        self._down = Float32()
+        self._full, self._down = Float32(), None if isinstance(codec_down, Float32) else codec_down
         self._modules: dict[ModuleKey, _Module] = {}
 
     def fill(self, snapshots: Iterable[Snapshot]) -> None:
         """Take these modules as the starting values, with fresh outer state."""
         for snapshot in snapshots:
-            payload, values = self._copy(self._down.view(snapshot.payload))
+            payload, values = self._copy(self._full.view(snapshot.payload))
             self._modules[snapshot.module] = _Module(
                 snapshot=replace(snapshot, payload=payload), values=values, outer=self._outer.init(values)
             )
@@ -102,19 +107,32 @@ class ModuleStore:
         if commit.scale != 1.0:
             torch._foreach_mul_(list(merged.values()), commit.scale)
         module.last = _Step(commit=commit, chosen=chosen, before=module.values)
-        payload, module.values = module.draft or self._copy(module.values)
+        payload, values = module.draft or self._copy(module.values)
         module.draft = None
-        self._outer.step(module.values, merged, module.outer)
-        module.snapshot = replace(module.snapshot, version=module.snapshot.version + 1, payload=payload)
+        self._outer.step(values, merged, module.outer)
+        version = module.snapshot.version + 1
+        if self._down is not None:
+            module.update = self._coded(self._down, module, values)
+        module.values = values
+        module.snapshot = replace(module.snapshot, version=version, payload=payload)
         for round_, source in [key for key in module.verdicts if key[0] <= commit.round]:
             module.inbox.pop((round_, source), None)
             del module.verdicts[round_, source]
         return module.snapshot.version
 
     def pull(self, have: Mapping[ModuleKey, int | None]) -> list[Snapshot]:
-        """Snapshots of the asked modules; a module of which the receiver has the newest version is left out."""
-        newest = {key: self._modules[key].snapshot for key in have}
-        return [snapshot for key, snapshot in newest.items() if have[key] != snapshot.version]
+        """Snapshots of the asked modules; a module of which the receiver has the newest version is left out.
+
+        Who has exactly the version before gets the update, if there is one; all others get full values.
+        """
+        wanted = []
+        for key, version in have.items():
+            module = self._modules[key]
+            update = module.update
+            if version != module.snapshot.version:
+                follows = update is not None and version == update.base_version
+                wanted.append(update if update is not None and follows else module.snapshot)
+        return wanted
 
     def keys(self) -> list[ModuleKey]:
         """The modules held here."""
@@ -170,8 +188,17 @@ class ModuleStore:
 
     def _copy(self, values: Tensors) -> tuple[Payload, Tensors]:
         """A payload with these values, and its memory as tensors that may be written to until it is given out."""
-        payload = self._down.encode(values)
-        return payload, self._down.view(payload)
+        payload = self._full.encode(values)
+        return payload, self._full.view(payload)
+
+    def _coded(self, codec: Codec, module: _Module, values: Tensors) -> Snapshot:
+        """The update from the module's values to `values`, encoded. Writes into `values` what it is decoded to."""
+        version = module.snapshot.version
+        payload = module.feedback.around(codec, version, 0).encode_difference(values, module.values)
+        module.feedback.settle([Settled(round=version, fragment=0, accepted=True)])
+        for name, update in codec.view(payload).items():
+            torch.add(module.values[name], update, out=values[name])
+        return replace(module.snapshot, version=version + 1, base_version=version, payload=payload)
 
     def _stats(self, module: _Module, step: _Step) -> CommitStats:
         scratch = buffers.flat(max(value.numel() for value in module.values.values()))
@@ -203,6 +230,8 @@ class ModuleStore:
             values=values,
             outer={n.removeprefix("outer/"): t for n, t in state.tensors.items() if n.startswith("outer/")},
         )
+        residual = {n.removeprefix("residual/"): t for n, t in state.tensors.items() if n.startswith("residual/")}
+        module.feedback.load({"residual": residual, "pending": {}})
         module.inbox, module.verdicts = _inbox_from(key, state)
         return module
 
@@ -223,6 +252,7 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
 def _module_state(module: _Module) -> State:
     tensors = {f"values/{name}": value.clone() for name, value in module.values.items()}
     tensors |= {f"outer/{name}": value.clone() for name, value in module.outer.items()}
+    tensors |= module.feedback.state()
     inbox: list[dict[str, Any]] = []
     for contribution in module.inbox.values():
         tensors[f"inbox/{len(inbox)}"] = torch.from_numpy(contribution.payload.body.copy())

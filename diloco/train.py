@@ -16,7 +16,7 @@ from typing import Any
 
 from diloco import checkpoint as ckpt
 from diloco import config as configuration
-from diloco import resume, rundir, summary
+from diloco import resume, rundir, saved_view, summary
 from diloco.config import RunConfig
 from diloco.coordinator import Coordinator
 from diloco.display import Display
@@ -64,6 +64,7 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
     try:
         shapes = backend.shapes()
         modules = config.layout.build(shapes, job.shards)
+        config.schedule.check(config.inner_steps, len(modules.fragments))
         if config.replica is ReplicaKind.fsdp2:
             check_blocks(modules)
         if start.manifest is not None:
@@ -89,6 +90,7 @@ def make_job(config: RunConfig) -> Job:
         merge=config.merge,
         outer=config.outer,
         codec=config.codec,
+        codec_down=config.codec_down,
         seed=config.seed,
         workers=config.workers_by_island(),
         replica=config.replica,
@@ -123,7 +125,7 @@ class _Session:
     def take_up(self, saved: Mapping[str, Any]) -> None:
         """Go on where a checkpoint left off."""
         before = len(saved["sources"])
-        self._view.load_json(saved)
+        saved_view.load(self._view, saved)
         if before != self._config.islands:
             self._view.restart_rounds()
             self._notes.append(
@@ -146,6 +148,7 @@ class _Session:
             config=configuration.plain(self._config),
             resume_bytes=manifest.get("metrics_bytes"),
             resume_round=self._view.round,
+            resume_steps={source.source: source.position for source in self._view.sources.values()},
             earlier_s=manifest.get("wall_s", 0.0) + time.monotonic() - begun_s,
         )
         try:
@@ -186,7 +189,7 @@ class _Session:
                         case _:
                             self._backend.carry_out(command)
                 if stop is None:
-                    event = self._backend.next_event()
+                    event = self._backend.next_event(coordinator.wake_s)
         export = str(self._directory / "export") if stop.status == "finished" else None
         return stop, self._backend.finish(export, "")
 
@@ -238,6 +241,7 @@ class _Session:
 def _view(config: RunConfig, corpus: Corpus, modules: Modules) -> RunView:
     view = RunView(
         paths=modules.paths,
+        fragments=modules.fragments,
         seed=config.seed,
         rounds=config.rounds,
         inner_steps=config.inner_steps,

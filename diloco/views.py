@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from diloco.counters import Counters
-from diloco.messages import Commit, IslandId, ModuleKey, Modules, Report, ShardId, SlotName, SourceId, Task
+from diloco.messages import (
+    EVALUATOR,
+    Commit,
+    IslandId,
+    ModuleKey,
+    Modules,
+    Report,
+    ShardId,
+    SlotName,
+    SourceId,
+    Task,
+    Turn,
+)
+from diloco.progress import SourceView
+
+OBSERVED_ARRIVALS = 64  # of the last so many contributions is known how long they took
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,63 +52,6 @@ class ModuleView:
 
 
 @dataclass(kw_only=True)
-class Work:
-    """A round that a source has begun and not handed over: what is lost with its island."""
-
-    round: int
-    start: int  # the source's position at its first step
-    tokens: int = 0  # trained on so far
-
-
-@dataclass(kw_only=True)
-class SourceView:
-    """Where one source stands: the next task to give out, and what it has not handed over."""
-
-    source: SourceId
-    shard: ShardId
-    path: int = 0
-    round: int = 0
-    segment: int = 0
-    done: int = 0  # steps of the present round that were given out
-    position: int = 0  # steps of its shard that were given out
-    dropped: bool = False  # its last round did not count: it keeps its own weights
-    attempt: int = 0  # how often its work was lost
-    work: list[Work] = field(default_factory=list)
-    settled: list[tuple[int, bool]] = field(default_factory=list)  # verdicts that it was not told yet
-
-    def give(self, task: Task) -> None:
-        """Move on past a task that was given out."""
-        if task.segment == 0:
-            self.work.append(Work(round=task.round, start=task.first_step))
-        self.position += task.steps
-        self.done += task.steps
-        self.settled = []
-        self.segment += 1
-        if task.last:
-            self.round, self.segment, self.done = self.round + 1, 0, 0
-            self.dropped = not task.send
-
-    def trained(self, report: Report) -> None:
-        """A task of its present work is finished."""
-        for work in self.work:
-            if work.round == report.task.round:
-                work.tokens += report.tokens
-
-    def hand_over(self, round_: int) -> int:
-        """The work up to a round, dropped ones included, has left the island. Returns the tokens behind it."""
-        tokens = sum(work.tokens for work in self.work if work.round <= round_)
-        self.work = [work for work in self.work if work.round > round_]
-        return tokens
-
-    def lose(self) -> None:
-        """Its island is gone, and what was not handed over will be given out again."""
-        if self.work:
-            self.position = self.work[0].start
-        self.work, self.segment, self.done, self.dropped = [], 0, 0, False
-        self.attempt += 1
-
-
-@dataclass(kw_only=True)
 class IslandView:
     """One island now; not checkpointed, since islands come and go."""
 
@@ -101,6 +59,17 @@ class IslandView:
     source: SourceId
     alive: bool = True
     queued: int = 0  # tasks given out and not finished
+    holds: dict[ModuleKey, int] = field(default_factory=dict)  # the versions that it has installed
+
+    def give(self, task: Task) -> dict[ModuleKey, int | None]:
+        """What is to be pulled for a task: updates on what it holds, where that is older than what it is to install."""
+        wants: dict[ModuleKey, int | None] = {}
+        for slot, version in task.install.items():
+            key = task.modules[slot]
+            held = self.holds.get(key, version)
+            wants[key] = held if held < version else None
+            self.holds[key] = version
+        return wants
 
 
 @dataclass(kw_only=True)
@@ -115,13 +84,20 @@ class RunView:
     save_every: int  # rounds; 0 = only at the end
     paths: tuple[Mapping[SlotName, ModuleKey], ...]
     shard_examples: list[int]  # by shard
+    fragments: tuple[tuple[SlotName, ...], ...] = ()  # slots that are exchanged together; () = all at once
     sources: dict[SourceId, SourceView] = field(default_factory=dict)
     islands: dict[IslandId, IslandView] = field(default_factory=dict)
     modules: dict[ModuleKey, ModuleView] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    ahead: Counters = field(default_factory=Counters)  # of `counters`: what was finished of rounds after the present
     round: int = 0  # rounds that all modules have committed
+    opened_s: dict[tuple[int, int], float] = field(default_factory=dict)  # when (round, fragment) began to be awaited
+    arrival_s: deque[float] = field(default_factory=lambda: deque(maxlen=OBSERVED_ARRIVALS))  # how long it then took
 
     def __post_init__(self) -> None:
+        self.fragments = self.fragments or (tuple(self.paths[0]),)
+        places = [(slot, index) for index, slots in enumerate(self.fragments) for slot in slots]
+        self._fragment_of = {path[slot]: index for path in self.paths for slot, index in places}
         # Kept, so that nothing need look through all islands to find those that share a module.
         self._paths_through: dict[ModuleKey, list[int]] = {}
         for index, key in ((index, key) for index, path in enumerate(self.paths) for key in path.values()):
@@ -133,64 +109,109 @@ class RunView:
         self.place_sources(islands)
 
     def place_sources(self, islands: int) -> None:
-        """Give each island its source, all of them alive; await those that the present round can still hear.
+        """Give each island its source, all of them alive; those that are new, or had been away, take part from now on.
 
         Sources not seen before start at the present round's position.
         """
         self.islands.clear()
         self._islands_on: list[list[IslandView]] = [[] for _ in self.paths]
+        self.sources = {source: view for source, view in self.sources.items() if source < islands}
+        for module in self.modules.values():
+            module.awaited &= self.sources.keys()
         for index in range(islands):
             source = SourceId(index)
             if source not in self.sources:
+                position = self.round * self.inner_steps
                 self.sources[source] = SourceView(
-                    source=source,
-                    shard=ShardId(index),
-                    path=index % len(self.paths),
-                    round=self.round,
-                    position=self.round * self.inner_steps,
+                    source=source, shard=ShardId(index), path=index % len(self.paths), position=position
                 )
+            view = self.sources[source]
             self.islands[IslandId(index)] = island = IslandView(island=IslandId(index), source=source)
-            self._islands_on[self.sources[source].path].append(island)
-        self.sources = {source: view for source, view in self.sources.items() if source < islands}
-        for key, module in self.modules.items():
-            module.awaited &= self.sources.keys()
-            lent = [island.source for path in self._paths_through[key] for island in self._islands_on[path]]
-            for view in map(self.sources.__getitem__, lent):
-                if view.round <= module.round < self.rounds:
-                    view.round = module.round  # it may have been away for some rounds
+            self._islands_on[view.path].append(island)
+            modules = [self.modules[key] for key in self.path_of(view).values()]
+            if view.whole:
+                view.round = view.began = max(module.round for module in modules)
+            for module in modules:
+                if view.segment == 0 and module.round == view.round < self.rounds:
                     module.awaited.add(view.source)
 
     def path_of(self, source: SourceView) -> Mapping[SlotName, ModuleKey]:
         """Which module fills which slot for `source`."""
         return self.paths[source.path]
 
-    def open_rounds(self, keys: Sequence[ModuleKey]) -> None:
-        """Await all living islands whose path holds a module, for its present round."""
+    def fragment_of(self, key: ModuleKey) -> int:
+        """With which fragment a module is exchanged."""
+        return self._fragment_of[key]
+
+    def keys(self, source: SourceView, fragment: int) -> list[ModuleKey]:
+        """The modules that `source` exchanges with a fragment."""
+        path = self.path_of(source)
+        return [path[slot] for slot in self.fragments[fragment]]
+
+    def count(self, report: Report) -> None:
+        """An island's finished task."""
+        lone = len(self.islands) == 1
+        self.counters.count(report, lone=lone)
+        if report.task.round > self.round:
+            self.ahead.count(report, lone=lone)
+
+    def drop(self, task: Task) -> list[ModuleKey]:
+        """A source ended its turn without contributing; its modules that are in that round."""
+        keys = [key for key in self.keys(self.sources[task.source], task.fragment)]
+        keys = [key for key in keys if self.modules[key].round == task.round]
+        for module in map(self.modules.__getitem__, keys):
+            module.awaited.discard(task.source)
+            module.dropped += 1
+        return keys
+
+    def observe(self, turn: Turn, now_s: float) -> None:
+        """A contribution arrived, perhaps too late: how long did it take?"""
+        opened_s = self.opened_s.get((turn.round, turn.fragment))
+        if opened_s is not None:
+            self.arrival_s.append(now_s - opened_s)
+
+    def open_rounds(self, keys: Sequence[ModuleKey], now_s: float) -> None:
+        """Await, for a module's present round, all living islands whose path holds it and that take part by then."""
         alike: dict[tuple[int, tuple[int, ...]], list[ModuleKey]] = {}
         for key in keys:
             alike.setdefault((self.modules[key].round, tuple(self._paths_through[key])), []).append(key)
         for (round_, paths), group in alike.items():
+            self.opened_s.setdefault((round_, self.fragment_of(group[0])), now_s)
             if round_ == self.rounds:
                 continue
-            alive = [island.source for path in paths for island in self._islands_on[path] if island.alive]
+            there = [island.source for path in paths for island in self._islands_on[path] if island.alive]
+            there = [source for source in there if self.sources[source].began <= round_]
             for key in group:
-                self.modules[key].awaited.update(alive)
-            for source in (self.sources[name] for name in alive if not self.sources[name].work):
-                source.round = round_  # also one that came back and waited
+                self.modules[key].awaited.update(there)
 
-    def commit(self, commits: Sequence[Commit]) -> None:
+    def commit(self, commits: Sequence[Commit], now_s: float) -> None:
         """The modules took these steps, or ended their round without one; their next round opens."""
-        self.counters.outer_steps += any(commit.sources for commit in commits)
-        distinct = {commit.sources: self.modules[commit.module].arrivals for commit in commits}
-        tokens = {source: arrivals[source].tokens for sources, arrivals in distinct.items() for source in sources}
+        self.counters.outer_steps += len({self.fragment_of(commit.module) for commit in commits if commit.sources})
+        distinct = {(c.sources, self.fragment_of(c.module)): self.modules[c.module].arrivals for c in commits}
+        tokens = [arrivals[source].tokens for (sources, _), arrivals in distinct.items() for source in sources]
         self.counters.accepted += len(tokens)
-        self.counters.tokens += sum(tokens.values())
+        self.counters.tokens += sum(tokens)
         for commit in commits:
             module = self.modules[commit.module]
             module.version += bool(commit.sources)
             module.round, module.rejected, module.dropped = module.round + 1, 0, 0
-            module.arrivals = {}
-        self.open_rounds([commit.module for commit in commits])
+            module.arrivals, module.awaited = {}, set()
+        self.open_rounds([commit.module for commit in commits], now_s)
+
+    def begin_anew(self, keys: Sequence[ModuleKey]) -> list[Commit]:
+        """Nobody is left in the rounds of these modules: who is there takes part in the newest of them.
+
+        Returns how the older ones end: without a step.
+        """
+        newest = max(self.modules[key].round for key in keys)
+        for source in self.sources.values():
+            if source.whole and source.began > newest:
+                source.round = source.began = newest
+        return [
+            Commit(module=key, round=self.modules[key].round, sources=(), weights=())
+            for key in keys
+            if self.modules[key].round < newest
+        ]
 
     def bare_task(self, island: IslandId, source: SourceView) -> Task:
         """A task that installs, trains and sends nothing: to evaluate, or to save what the source has."""
@@ -209,6 +230,12 @@ class RunView:
             last=False,
         )
 
+    def evaluation(self) -> Task:
+        """The evaluator installs the present global weights and measures them."""
+        task = self.bare_task(EVALUATOR, next(iter(self.sources.values())))
+        versions = {slot: self.modules[key].version for slot, key in task.modules.items()}
+        return replace(task, install=versions, evaluate="validation")
+
     def save_due(self, round_: int) -> bool:
         """Whether a checkpoint is written once `round_` rounds are committed."""
         return round_ == self.rounds or (self.save_every > 0 and round_ % self.save_every == 0)
@@ -217,45 +244,14 @@ class RunView:
         """Whether the global weights are evaluated once `round_` rounds are committed."""
         return round_ in (0, self.rounds) or (self.eval_every > 0 and round_ % self.eval_every == 0)
 
-    def checkpoint_name(self) -> str:
-        """`round-000005` between rounds; with the furthest step where some sources are within one."""
-        steps = max(s.done if s.round == self.round else self.inner_steps for s in self.sources.values())
-        between = all(source.done == 0 and source.round == self.round for source in self.sources.values())
-        return f"round-{self.round:06d}" + ("" if between else f"-steps-{steps:06d}")
-
     def restart_rounds(self) -> None:
         """Forget what happened within the present round, so that all train it from its start."""
         for source in self.sources.values():
             source.lose()
-            source.round, source.position = self.round, self.round * self.inner_steps
+            source.round = source.began = self.round
+            source.restart(self.round * self.inner_steps)
         for module in self.modules.values():
             module.round, module.rejected, module.dropped = self.round, 0, 0
             module.arrivals.clear()
             module.awaited.clear()
-        self.open_rounds(list(self.modules))
-
-    def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps: progress, not settings."""
-        return {
-            "round": self.round,
-            "sources": [asdict(source) for source in self.sources.values()],
-            "modules": {
-                key: {**asdict(module), "awaited": sorted(module.awaited)} for key, module in self.modules.items()
-            },
-            "counters": asdict(self.counters),
-        }
-
-    def load_json(self, saved: Mapping[str, Any]) -> None:
-        """Take back what `to_json` gave, for the islands that there are now."""
-        self.round = saved["round"]
-        self.counters = Counters(**saved["counters"])
-        self.sources = {}
-        for entry in saved["sources"]:
-            settled = [(round_, accepted) for round_, accepted in entry["settled"]]
-            work = [Work(**begun) for begun in entry["work"]]
-            self.sources[entry["source"]] = SourceView(**{**entry, "settled": settled, "work": work})
-        for key, entry in saved["modules"].items():
-            arrivals = {SourceId(int(s)): Arrival(**arrival) for s, arrival in entry["arrivals"].items()}
-            awaited = {SourceId(source) for source in entry["awaited"]}
-            self.modules[ModuleKey(key)] = ModuleView(**{**entry, "awaited": awaited, "arrivals": arrivals})
-        self.place_sources(len(self.islands))
+        self.open_rounds(list(self.modules), 0.0)

@@ -17,7 +17,18 @@ from diloco.data import Data
 from diloco.inner import AdamW, Inner, Muon, RateSchedule, Sgd
 from diloco.island import Island
 from diloco.layout import Whole
-from diloco.messages import Contribution, IslandId, ModuleKey, ShardId, Snapshot, SourceId, State, Task, Tensors
+from diloco.messages import (
+    Contribution,
+    IslandId,
+    ModuleKey,
+    Settled,
+    ShardId,
+    Snapshot,
+    SourceId,
+    State,
+    Task,
+    Tensors,
+)
 from diloco.replica import Single
 from diloco.workload import Batch, Workload
 from tests.toy import Constant, Line, Perceptron, Remembering, WithBatchNorm
@@ -34,6 +45,7 @@ def make_island(
         corpus=workload.corpus(Data(), seed=0, shards=2),
         inner=inner or AdamW(lr=0.01),
         codec=codec or Float32(),
+        codec_down=Float32(),
         replica=Single(workload.build_model(5)),
         accumulation=accumulation,
         seed=5,
@@ -486,7 +498,7 @@ def test_a_source_that_was_refused_starts_afresh(keep: float) -> None:
     bad = make_island(Constant(gradients=[1.0], poisoned_shards=[0], poisoned_steps=[1]), inner)
     _, sent = bad.run(task(bad, steps=3, install=True, send=True), snapshots(bad))
     assert not all(bool(value.isfinite().all()) for value in delta_of(sent).values())
-    asked = task(bad, steps=3, first_step=3, install=True, send=True, round=1, settled=((0, False),), keep=keep)
+    asked = task(bad, steps=3, first_step=3, install=True, send=True, round=1, fresh=True, keep=keep)
     report, sent = bad.run(asked, snapshots(bad, seed=1))
     fresh = make_island(Constant(gradients=[1.0]), inner)
     expected, same = fresh.run(task(fresh, steps=3, first_step=3, install=True, send=True), snapshots(fresh, seed=1))
@@ -497,7 +509,7 @@ def test_a_source_that_was_refused_starts_afresh(keep: float) -> None:
 
 def test_a_source_that_was_accepted_keeps_its_state() -> None:
     found = []
-    for settled in ((), ((0, True),)):
+    for settled in ((), (Settled(round=0, fragment=0, accepted=True),)):
         island = make_island(inner=AdamW(lr=0.01))
         island.run(task(island, steps=3, install=True), snapshots(island))
         asked = task(island, steps=3, first_step=3, install=True, send=True, settled=settled)

@@ -30,7 +30,8 @@ def flat(values: Tensors) -> np.ndarray:  # type: ignore[type-arg]
 def make_store(
     outer: OuterOptimizer | None = None, codec: Codec | None = None, by: MeanBy = MeanBy.uniform
 ) -> ModuleStore:
-    store = ModuleStore(outer=outer or Nesterov(), merge=Mean(by=by), codec=codec or Float32())
+    codec = codec or Float32()
+    store = ModuleStore(outer=outer or Nesterov(), merge=Mean(by=by), codec=codec, codec_down=Float32())
     for index, key in enumerate((KEY, OTHER)):
         payload = Float32().encode(tensors(100 + index))
         store.fill([Snapshot(module=key, version=0, base_version=None, payload=payload)])
@@ -338,7 +339,7 @@ def used_store(codec: Codec) -> ModuleStore:
 @pytest.mark.parametrize("codec", [Float32(), BFloat16()], ids=["float32", "bfloat16"])
 def test_a_loaded_store_holds_the_same_inbox_included(codec: Codec) -> None:
     store = used_store(codec)
-    loaded = ModuleStore(outer=Nesterov(), merge=Mean(), codec=codec)
+    loaded = ModuleStore(outer=Nesterov(), merge=Mean(), codec=codec, codec_down=Float32())
     loaded.load_state(store.state())
     assert_equal_states(loaded.state(), store.state())
     assert loaded.outer_digests() == store.outer_digests()
@@ -348,7 +349,7 @@ def test_a_loaded_store_holds_the_same_inbox_included(codec: Codec) -> None:
 @pytest.mark.parametrize("codec", [Float32(), BFloat16()], ids=["float32", "bfloat16"])
 def test_a_loaded_store_goes_on_to_the_same_bits(codec: Codec) -> None:
     store = used_store(codec)
-    loaded = ModuleStore(outer=Nesterov(), merge=Mean(), codec=codec)
+    loaded = ModuleStore(outer=Nesterov(), merge=Mean(), codec=codec, codec_down=Float32())
     loaded.load_state(store.state())
     statistics: list[list[CommitStats]] = []
     for each in (store, loaded):

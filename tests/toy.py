@@ -359,8 +359,7 @@ class FakeRuntime:
                 return self.tell(
                     Received(
                         now_s=self.now_s(),
-                        source=task.source,
-                        round=task.round,
+                        turn=task.turn,
                         verdicts=verdicts,
                         attempt=task.attempt,
                     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class Job:
     merge: Merge
     outer: OuterOptimizer
     codec: Codec
+    codec_down: Codec
     seed: int
     workers: tuple[int, ...]  # of each island
     replica: ReplicaKind
@@ -80,6 +81,7 @@ class Job:
             corpus=corpus,
             inner=self.inner,
             codec=self.codec,
+            codec_down=self.codec_down,
             replica=self._make_replica(workload.build_model(self.seed), world),
             accumulation=self.data.accumulation,
             seed=self.seed,
@@ -97,7 +99,7 @@ class Job:
 
     def make_store(self) -> ModuleStore:
         """One shard of the store, empty."""
-        return ModuleStore(outer=self.outer, merge=self.merge, codec=self.codec)
+        return ModuleStore(outer=self.outer, merge=self.merge, codec=self.codec, codec_down=self.codec_down)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +140,8 @@ class Backend(ABC):
         """Begin to write a checkpoint of the store as it is after all commands so far."""
 
     @abstractmethod
-    def next_event(self) -> Event:
-        """Wait for the next thing that happens."""
+    def next_event(self, wake_s: Callable[[], float | None]) -> Event:
+        """Wait for the next thing that happens: a `Tick` where it is nothing up to `wake_s()`, if it tells a time."""
 
     @abstractmethod
     def now_s(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from diloco.events import (
     Respawn,
     Run,
     Saved,
+    Tick,
 )
 from diloco.island import Island
-from diloco.messages import EVALUATOR, Contribution, IslandId, ModuleKey, Modules, Shape, SourceId, State, Task
+from diloco.messages import EVALUATOR, Contribution, IslandId, ModuleKey, Modules, Shape, SourceId, State, Task, Turn
 from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, placed
 from diloco.workers import World
 
@@ -37,8 +38,11 @@ class Local(Runtime):
     """One process. Islands take turns in the order of a virtual clock; each does the joint batch of its workers."""
 
     seconds_per_step: list[float] = field(default_factory=list)  # virtual, one number an island; empty = 1 for all
+    latency_s: float = 0.0  # virtual, of a message between the driver and an island or a shard of the store, one way
 
     def __post_init__(self) -> None:
+        if not 0 <= self.latency_s < float("inf"):
+            raise ValueError(f"runtime.latency_s={self.latency_s} must not be negative")
         if any(not seconds > 0 for seconds in self.seconds_per_step):
             raise ValueError(f"runtime.seconds_per_step={self.seconds_per_step} must hold positive numbers")
 
@@ -51,21 +55,22 @@ class Local(Runtime):
             )
         if job.gpus_per_worker > 0 and not torch.cuda.is_available():
             raise ValueError(f"gpus_per_worker={job.gpus_per_worker:g}: there is no CUDA device here; use 0")
-        return LocalBackend(job, self.seconds_per_step or [1.0] * job.islands)
+        return LocalBackend(job, self.seconds_per_step or [1.0] * job.islands, self.latency_s)
 
 
 class LocalBackend(Backend):
     """Islands and shards as plain objects; a heap of what happens when."""
 
-    def __init__(self, job: Job, seconds_per_step: list[float]) -> None:
-        self._job, self._seconds_per_step = job, seconds_per_step
+    def __init__(self, job: Job, seconds_per_step: list[float], latency_s: float) -> None:
+        self._job, self._seconds_per_step, self._latency_s = job, seconds_per_step, latency_s
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(job.threads_per_worker)
         self._islands: dict[IslandId, Island] = {}
         self._frozen: dict[tuple[SourceId, int], State] = {}  # by source and round
         self._exported: dict[SourceId, int] = {}  # for the next checkpoint: of which round
-        self._sent: dict[tuple[SourceId, int], list[Contribution]] = {}
+        self._sent: dict[Turn, list[Contribution]] = {}
         self._free_at_s: dict[IslandId, float] = {}  # when an island is done with what it was given
+        self._begun: set[IslandId] = set()  # that had a task
         self._clock_s = 0.0
         self._events: list[tuple[float, int, Event | Callable[[], Event]]] = []
         self._count = 0
@@ -115,7 +120,7 @@ class LocalBackend(Backend):
                     self._shards[self._modules.shards[commit.module]].commit(commit)
             case Measure():
                 stats = [found for shard in self._shards for found in shard.measure()]
-                self._later(0.0, Committed(now_s=self._clock_s, stats=tuple(stats)))
+                self._later(self._latency_s * 2, lambda: Committed(now_s=self._clock_s, stats=tuple(stats)))
             case Respawn():
                 self._islands[command.island] = self._make_island()
                 self._islands[command.island].setup(self._modules)
@@ -145,11 +150,15 @@ class LocalBackend(Backend):
 
         self._later(0.0, complete)
 
-    def next_event(self) -> Event:
+    def next_event(self, wake_s: Callable[[], float | None]) -> Event:
         """The earliest event; moves the clock to it."""
         if self._interrupted:
             self._interrupted = False
             return Interrupted(now_s=self._clock_s)
+        wake = wake_s()
+        if wake is not None and (not self._events or wake < self._events[0][0]):
+            self._clock_s = max(self._clock_s, wake)
+            return Tick(now_s=self._clock_s)
         assert self._events, "the run waits for something that will never happen"
         self._clock_s, _, event = heapq.heappop(self._events)
         if isinstance(event, Finished) and event.report.task.save:
@@ -195,14 +204,18 @@ class LocalBackend(Backend):
         with torch.random.fork_rng():  # an island seeds the generator, which here is the user's own
             report, contributions = self._islands[task.island].run(task, snapshots)
         if task.send:
-            self._sent[task.source, task.round] = contributions
+            self._sent[task.turn] = contributions
         if task.save:
             self._frozen[task.source, task.round] = self._islands[task.island].export(task.source)
         speed = 0.0 if task.island == EVALUATOR else self._seconds_per_step[task.island]
-        start_s = max(self._clock_s, self._free_at_s.get(task.island, 0.0))
+        free_s = self._free_at_s.get(task.island, 0.0)
+        start_s = max(self._clock_s + self._latency_s, free_s)
         self._free_at_s[task.island] = start_s + speed * task.steps
-        end_s = self._free_at_s[task.island]
-        self._later(end_s - self._clock_s, Finished(now_s=end_s, report=report))
+        heard_s = self._free_at_s[task.island] + self._latency_s
+        # Waiting is virtual too: islands that take turns in one process always wait for each other.
+        report = replace(report, waiting_s=start_s - free_s if task.island in self._begun else 0.0)
+        self._begun.add(task.island)
+        self._later(heard_s - self._clock_s, Finished(now_s=heard_s, report=report))
 
     def _may_be_written(self, task: Task) -> None:
         """What a task saved is for the checkpoints after its end, in the place of what there was of its source."""
@@ -211,16 +224,11 @@ class LocalBackend(Backend):
         self._exported[task.source] = task.round
 
     def _push(self, task: Task) -> None:
-        sent = self._sent.pop((task.source, task.round))
-        verdicts = [self._shards[self._modules.shards[c.module]].push(c) for c in sent]
-        event = Received(
-            now_s=self._clock_s,
-            source=task.source,
-            round=task.round,
-            verdicts=tuple(verdicts),
-            attempt=task.attempt,
-        )
-        self._later(0.0, event)
+        sent = self._sent.pop(task.turn)
+        verdicts = tuple(self._shards[self._modules.shards[c.module]].push(c) for c in sent)
+        heard_s = self._clock_s + 2 * self._latency_s
+        event = Received(now_s=heard_s, turn=task.turn, verdicts=verdicts, attempt=task.attempt)
+        self._later(heard_s - self._clock_s, event)
 
     def _later(self, delay_s: float, event: Event | Callable[[], Event]) -> None:
         self._count += 1

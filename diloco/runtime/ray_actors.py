@@ -83,26 +83,28 @@ class WorkerShell:
         state = ckpt.read_source(checkpoint, source, self._island.empty)
         if state is not None:
             self._island.load(source, state)
-            self._freeze(source, LOADED, state)  # it may have no more to do before the next checkpoint
+            self._freeze(source, LOADED)  # it may have no more to do before the next checkpoint
         return state is not None
 
-    def run(self, task: Task, snapshots: Sequence[Any], groups: Sequence[Sequence[SlotName]]) -> Iterator[Any]:
+    def run(
+        self, task: Task, snapshots: Sequence[Any], groups: Sequence[Sequence[SlotName]], *fetched: list[Snapshot]
+    ) -> Iterator[Any]:
         """One list of contributions for each group of slots (a shard of the store), then the report.
 
         Contributions are handed over one by one, so that no more than one is in this process's own memory.
         """
         try:
             # One fetch after the other, in the order given: at once they would get in each other's way on slow links.
-            pulled = [snapshot for ref in snapshots for snapshot in ray.get(ref)]
+            pulled = [snapshot for part in (*fetched, *map(ray.get, snapshots)) for snapshot in part]
             report = self._island.train(task, pulled)
-            if task.save and self._island.saves:
-                self._freeze(task.source, task.round, self._island.export(task.source))
             for slots in groups:
                 made = [self._island.contribution(task, slot) for slot in slots]
                 sent = [contribution for contribution in made if contribution is not None]
                 report = replace(report, bytes_up=report.bytes_up + sum(c.payload.nbytes for c in sent))
                 yield sent
                 del made, sent
+            if task.save:  # with what error feedback lost of these contributions
+                self._freeze(task.source, task.round)
             yield report
         except Exception:
             workers.leave()  # or the island's other workers would wait for this one
@@ -123,9 +125,9 @@ class WorkerShell:
             del self._frozen[older]
         return ckpt.write_source(folder, source, state, self._island.world)
 
-    def _freeze(self, source: SourceId, round_: int, state: State) -> None:
+    def _freeze(self, source: SourceId, round_: int) -> None:
         if self._island.saves:
-            self._frozen[source, round_] = state
+            self._frozen[source, round_] = self._island.export(source)
 
     def finish(self, snapshots: Sequence[Any], folder: str | None, prompt: str) -> tuple[int, str, str]:
         """Install the final weights; export and sample where there is a folder: (parameters, SHA-256, sample)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from diloco.events import (
     Saved,
     Tick,
 )
-from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SlotName, SourceId, Task
+from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SlotName, SourceId, Task, Turn
 from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, placed
 from diloco.runtime.ray_actors import spawn_shard
 from diloco.runtime.ray_island import RayIsland
@@ -73,7 +73,7 @@ class RayBackend(Backend):
         self._nodes: dict[IslandId, str] = {}
         self._pending = Pending()
         self._events: deque[Event] = deque()
-        self._sent: dict[tuple[SourceId, int], list[tuple[int, Ref]]] = {}
+        self._sent: dict[Turn, list[tuple[int, Ref]]] = {}
         self._pulled: dict[tuple[int, str, tuple[tuple[ModuleKey, int | None], ...]], Ref] = {}
         self._revived: dict[IslandId, int] = {}  # times since it last finished a task
         self._saver = Saver(self._pending, self._on_saved)
@@ -116,7 +116,7 @@ class RayBackend(Backend):
         """Submits; actors keep the order in which they are asked."""
         match command:
             case Run():
-                self._run(command.task, command.wants)
+                self._run(command)
             case Push():
                 self._push(command.task)
             case CommitAll():
@@ -139,7 +139,7 @@ class RayBackend(Backend):
 
     # --- events ---
 
-    def next_event(self) -> Event:
+    def next_event(self, wake_s: Callable[[], float | None]) -> Event:
         """Waits for the first answer; a Tick when none comes for a while."""
         while True:
             if self._interrupted:
@@ -184,7 +184,8 @@ class RayBackend(Backend):
 
     # --- inside ---
 
-    def _run(self, task: Task, wants: Mapping[ModuleKey, int | None]) -> None:
+    def _run(self, command: Run) -> None:
+        task, wants = command.task, command.wants
         shards = sorted({self._modules.shards[task.modules[slot]] for slot in task.send})
         by_shard: dict[int, dict[ModuleKey, int | None]] = {}
         for key, have in wants.items():
@@ -193,13 +194,13 @@ class RayBackend(Backend):
         order = sorted(by_shard, key=lambda shard: (shard - task.island - 1) % len(self._shards))
         snapshots = [self._pull(shard, by_shard[shard], self._nodes[task.island]) for shard in order]
         groups = {n: [s for s in task.send if self._modules.shards[task.modules[s]] == n] for n in shards}
-        self._submit(task, snapshots, groups)
+        self._submit(task, snapshots, groups, command.ahead)
 
-    def _submit(self, task: Task, snapshots: list[Ref], groups: dict[int, list[SlotName]]) -> None:
+    def _submit(self, task: Task, snapshots: list[Ref], groups: dict[int, list[SlotName]], ahead: bool) -> None:
         island = self._islands[task.island]
-        reports, contributions = island.run(task, snapshots, list(groups.values()))
+        reports, contributions = island.run(task, snapshots, list(groups.values()), ahead)
         if groups:
-            self._sent[task.source, task.round] = list(zip(groups, contributions, strict=True))
+            self._sent[task.turn] = list(zip(groups, contributions, strict=True))
 
         def done(answers: list[Any], error: RayError | None) -> None:
             if error is not None and not island.broken(error):
@@ -207,7 +208,7 @@ class RayBackend(Backend):
             if task.island == EVALUATOR and error is not None:
                 if self._islands[EVALUATOR] is island:
                     self._revive(EVALUATOR).setup(self._modules)
-                self._submit(task, snapshots, groups)
+                self._submit(task, snapshots, groups, ahead)
             elif self._islands[task.island] is island:  # else it was replaced, and its work given out again
                 now_s = self.now_s()
                 if error is None:
@@ -238,14 +239,13 @@ class RayBackend(Backend):
                 self._events.append(
                     Received(
                         now_s=self.now_s(),
-                        source=task.source,
-                        round=task.round,
+                        turn=task.turn,
                         verdicts=tuple(verdict for answer in answers for verdict in answer),
                         attempt=task.attempt,
                     )
                 )
 
-        sent = self._sent.pop((task.source, task.round))
+        sent = self._sent.pop(task.turn)
         self._pending.add([self._shards[shard].push.remote(ref) for shard, ref in sent], done)
 
     def _on_measured(self, answers: list[Any], error: RayError | None) -> None:

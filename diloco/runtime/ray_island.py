@@ -57,15 +57,18 @@ class RayIsland:
         return [worker.load.remote(checkpoint, source) for worker in self._workers]
 
     def run(
-        self, task: Task, snapshots: Sequence[Ref], groups: Sequence[Sequence[SlotName]]
+        self, task: Task, snapshots: Sequence[Ref], groups: Sequence[Sequence[SlotName]], ahead: bool
     ) -> tuple[list[Ref], list[Ref]]:
-        """The reports, of which the first counts; and the contributions of each group of slots."""
+        """The reports, of which the first counts; and the contributions of each group of slots.
+
+        `ahead`: Ray fetches the snapshots while the island is busy, rather than the island when it needs them.
+        """
         reports: list[Ref] = []
         contributions: list[Ref] = []
         for rank, worker in enumerate(self._workers):
-            answers = worker.run.options(num_returns=1 + len(groups)).remote(
-                task, snapshots if rank == 0 else [], groups
-            )
+            own = snapshots if rank == 0 else []
+            given = [[], groups, *own] if ahead else [own, groups]  # of arguments themselves Ray fetches what is behind
+            answers = worker.run.options(num_returns=1 + len(groups)).remote(task, *given)
             *made, report = answers if groups else [answers]
             reports.append(report)
             contributions += made if rank == 0 else []

@@ -82,9 +82,7 @@ class Game:
             case Run(task=task):
                 return Finished(now_s=self._now_s, report=_report(task))
             case Push(task=task):
-                return Received(
-                    now_s=self._now_s, source=task.source, round=task.round, verdicts=_verdicts(task), attempt=0
-                )
+                return Received(now_s=self._now_s, turn=task.turn, verdicts=_verdicts(task), attempt=0)
             case Measure():
                 return Committed(now_s=self._now_s, stats=())
 

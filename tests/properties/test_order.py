@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from diloco.codec import BFloat16, Codec, Float32
 from diloco.events import CommitAll, Push, Received, Run
 from diloco.merge import Mean, MeanBy
-from diloco.messages import Contribution, ModuleKey, Shape, SlotName, Snapshot, SourceId, Task, Tensors, Verdict
+from diloco.messages import Contribution, ModuleKey, Shape, SlotName, Snapshot, SourceId, Task, Tensors, Turn, Verdict
 from diloco.outer import Nesterov
 from diloco.store import ModuleStore
 from tests.toy import FakeRuntime, make_view
@@ -42,7 +42,8 @@ class WithStores(FakeRuntime):
         self.repeat = 1
         self.stores: dict[ModuleKey, ModuleStore] = {}
         for slot in SHAPES:
-            store = ModuleStore(outer=Nesterov(), merge=Mean(by=MeanBy.examples), codec=self.codec)
+            merge = Mean(by=MeanBy.examples)
+            store = ModuleStore(outer=Nesterov(), merge=merge, codec=self.codec, codec_down=Float32())
             payload = Float32().encode(random_tensors(slot, 99))
             key = ModuleKey(f"{slot}/0")
             store.fill([Snapshot(module=key, version=0, base_version=None, payload=payload)])
@@ -232,6 +233,6 @@ def test_an_unknown_source_is_late() -> None:
     runtime = WithStores()
     runtime.start()
     verdict = Verdict(module=ModuleKey("whole.0/0"), source=SourceId(77), round=0, finite=True, shape_ok=True, norm=1.0)
-    runtime.tell(Received(now_s=1.0, source=SourceId(77), round=0, verdicts=(verdict,)))
+    runtime.tell(Received(now_s=1.0, turn=Turn(source=SourceId(77), round=0, fragment=0), verdicts=(verdict,)))
     assert runtime.view.counters.late == 1
     assert runtime.commits() == []

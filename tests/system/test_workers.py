@@ -349,7 +349,8 @@ def _hold(rank: int, folder: str) -> None:
     slots: Sequence[list[str]] = ([n for n in full if "layers" in n], [n for n in full if "layers" not in n])
     anchor: Tensors = {}
     for names in slots:
-        anchor |= replica.install(names, {n: full[n] for n in names} if rank == 0 else {}, keep=0.0)
+        anchor |= (spread := replica.spread(names, {n: full[n] for n in names} if rank == 0 else {}))
+        replica.install(names, spread, keep=0.0)
     kept = sum(part.untyped_storage().nbytes() for part in anchor.values())
     own = sum(p.to_local().numel() for p in replica.parameters().values())  # type: ignore[attr-defined]
     assert kept == 4 * own, "the anchor holds on to more than this worker's rows"
@@ -362,7 +363,9 @@ def _hold(rank: int, folder: str) -> None:
         delta = {} if payload is None else Float32().decode(payload)
         assert set(delta) == (set(names) if rank == 0 else set())
         assert all(torch.equal(value, torch.full_like(full[n], 0.5)) for n, value in delta.items())
-    replica.install(slots[0], {n: full[n] + 8 for n in slots[0]} if rank == 0 else {}, keep=0.25)
+    assert replica.agreed(rank == 0)
+    spread = replica.spread(slots[0], {n: full[n] + 8 for n in slots[0]} if rank == 0 else {})
+    replica.install(slots[0], spread, keep=0.25)
     for name, value in replica.read(list(full)).items():  # .25 (theta - .5) + .75 (theta + 8)
         torch.testing.assert_close(value, full[name] + (5.875 if name in slots[0] else -0.5))
     Path(folder, f"own{rank}").write_text(str(own))
