@@ -101,7 +101,8 @@ class BFloat16(Codec):
 class Int8(Codec):
     """One byte a parameter and 4 a block (8.125 bits with the default): whole multiples of absmax / 127 of the block.
 
-    |x - q| <= absmax / 254, and a hair for float32's own rounding. A block with a value that is not finite has none.
+    |x - q| <= absmax / 254, and a hair for float32's own rounding (which makes its very largest number infinite).
+    A block with a value that is not finite has none that is.
     """
 
     block: int = 256  # values with one scale; a tensor's last block may be shorter
@@ -155,7 +156,7 @@ class TopK(Codec):
 
     Each kept value has log2(chunk) bits for its place and `bits` for sign and magnitude, each chunk 8 bytes for the
     smallest (lo) and the largest (hi) of the kept magnitudes other than zero, with 2^(bits-1) equal cells between:
-    |x - q| <= (hi - lo) / 2^bits for what is kept, and what is not (no more than lo) becomes zero.
+    |x - q| <= (hi - lo) / 2^bits, and a hair, for what is kept; what is not (no more than lo) becomes zero.
     """
 
     error_feedback: bool = True  # what is not sent now is sent later; without it most is never sent
