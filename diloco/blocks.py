@@ -15,7 +15,7 @@ import torch
 from diloco.messages import Tensors
 
 LARGEST = 65_536  # values of a block: a smaller tensor is filled up to one
-_CPU_VALUES = 131_072  # of a piece: it and what is made of it stay in the cache, and calls cost little beside it
+_CPU_VALUES = 262_144  # of a piece: it and what is made of it stay in the cache, and calls cost little beside it
 _DEVICE_VALUES = 1 << 24  # few calls, since each costs a launch
 
 

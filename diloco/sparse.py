@@ -106,7 +106,8 @@ def _chosen(sparse: Sparse, piece: Piece, values: torch.Tensor) -> tuple[torch.T
     counts = torch.from_numpy(sparse.counts(lengths)).to(values.device)
     magnitudes = values.view(torch.int32).bitwise_and(0x7FFFFFFF)  # NaN is larger than infinity, unlike in floats
     # At equal magnitudes the first place; the filling comes behind all that is real.
-    keys = (magnitudes.long() << 16) | torch.arange(0xFFFF, 0xFFFF - sparse.chunk, -1, device=values.device)
+    order = torch.arange(0xFFFF, 0xFFFF - sparse.chunk, -1, device=values.device)
+    keys = magnitudes.long().bitwise_left_shift_(16).bitwise_or_(order)  # int64[rows, chunk]
     keys = keys.topk(sparse.kept(int(lengths.max())), dim=1).values  # int64[rows, kept], the largest first
     keys = torch.where(keys >> 16 == 0, keys[:, :1], keys)
     valid = torch.arange(keys.shape[1], device=values.device) < counts[:, None]
