@@ -55,6 +55,7 @@ class Linear8(Kernel):
     def __init__(self, *, block: int, rows: int, device: torch.device) -> None:
         super().__init__(block=block, rows=rows, device=device)
         self._scratch = torch.empty(rows, block, device=device)
+        self._steps = torch.full((1, 1), 127.0, device=device)  # a number: CUDA would multiply by its rounded inverse
 
     def code_bytes(self, values: int) -> int:
         """One a value."""
@@ -64,7 +65,7 @@ class Linear8(Kernel):
         """Ties go to the even multiple."""
         scratch = self._scratch[: len(values)]
         torch.abs(values, out=scratch)
-        scale = scratch.amax(1, keepdim=True).div_(127).clamp_min_(_SMALLEST_NORMAL)  # float32[rows, 1]
+        scale = scratch.amax(1, keepdim=True).div_(self._steps).clamp_min_(_SMALLEST_NORMAL)  # float32[rows, 1]
         torch.div(values, scale, out=scratch).round_()
         codes.view(torch.int8).copy_(scratch)
         scales.view(torch.float32).copy_(scale)

@@ -129,3 +129,15 @@ def test_an_anchor_that_nobody_may_write_to(codec: Codec) -> None:
         anchor = torch.from_numpy(numbers)
     found = codec.encode_difference({"a": anchor}, {"a": torch.ones(5000)})
     assert found.body.tobytes() == codec.encode({"a": torch.arange(5000.0) - 1}).body.tobytes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("codec", [Int8(), Int4(), TopK()], ids=["int8", "int4", "topk"])
+def test_a_gpu_gives_the_same_bytes(codec: Codec) -> None:
+    tensors = {str(size): torch.randn(size) for size in (1, 63, 300_000, 0, 4097)}
+    tensors["wide"] = torch.randn(1000, 65) * 10.0 ** torch.randint(-30, 30, (1000, 65))
+    anchors = {name: value * 1.5 for name, value in tensors.items()}
+    on_gpu = {name: value.cuda() for name, value in tensors.items()}
+    assert codec.encode(on_gpu).body.tobytes() == codec.encode(tensors).body.tobytes()
+    expected = codec.encode_difference(anchors, tensors).body.tobytes()
+    assert codec.encode_difference(anchors, on_gpu).body.tobytes() == expected
