@@ -224,7 +224,13 @@ def _register_own() -> None:
         "schedule": {"barrier": schedules.Barrier},
         "merge": {"mean": merges.Mean},
         "outer": {"sgd": outers.Sgd, "nesterov": outers.Nesterov},
-        "codec": {"float32": codecs.Float32, "bfloat16": codecs.BFloat16},
+        "codec": {
+            "float32": codecs.Float32,
+            "bfloat16": codecs.BFloat16,
+            "int8": codecs.Int8,
+            "int4": codecs.Int4,
+            "topk": codecs.TopK,
+        },
         "runtime": {"local": Local, "ray_cluster": RayCluster},
     }
     for group, nodes in own.items():

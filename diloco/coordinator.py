@@ -103,10 +103,9 @@ class Coordinator:
     # --- events ---
 
     def _on_started(self, event: Started) -> list[Command]:
-        commands: list[Command] = []
-        if self.run.eval_due(self.run.round) and self.run.counters.evaluated_round < self.run.round:
-            commands.append(self._evaluation())
-        return commands + self._dispatch(self.run.islands)
+        self.run.started(event.now_s)
+        due = self.run.eval_due(self.run.round) and self.run.counters.evaluated_round < self.run.round
+        return [*([self._evaluation()] if due else []), *self._dispatch(self.run.islands)]
 
     def _on_finished(self, event: Finished) -> list[Command]:
         report, task = event.report, event.report.task

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 from diloco.messages import Commit, ModuleKey, SlotName, SourceId, Task
 from diloco.progress import SourceView
-from diloco.views import Arrival, IslandView, RunView
+from diloco.views import Arrival, IslandView, ModuleView, RunView
+
+LEAST_ARRIVALS = 3  # of a source, before it is said to be late
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,9 @@ class Barrier(Schedule):
     `drop_probability`: a source's contribution to a round is dropped with this chance; it then neither
     sends nor installs, and keeps its own weights for the next round (section 3.4 of arXiv:2311.08105).
 
-    Late islands: once others were heard, a round waits until the median of the last arrivals' times + `late_mads`
-    times their median absolute deviation, but at least `late_floor_s` and at most `late_ceiling_s` beyond the median.
-    Then it steps without them.
+    Late islands: once others were heard, a turn waits for a source as long as its last ones took in the median, and
+    beyond that `late_mads` times their median absolute deviation, but at least `late_floor_s` and at most
+    `late_ceiling_s`. Then it steps without the source. One that is always slow is waited for; one that stalls is not.
     """
 
     lag: int = 0  # inner steps between sending a fragment and installing what became of it
@@ -167,31 +169,35 @@ class Barrier(Schedule):
 
     def overdue_s(self, run: RunView) -> float | None:
         """When the patience with the late ends; only once somebody else was heard."""
-        patience_s = self._patience_s(run)
-        if patience_s is None:
-            return None
-        waiting = {
-            (module.round, run.fragment_of(key))
-            for key, module in run.modules.items()
-            if module.awaited and module.arrivals
-        }
-        return min((run.opened_s[turn] + patience_s for turn in waiting if turn in run.opened_s), default=None)
-
-    def _patience_s(self, run: RunView) -> float | None:
-        """How long after its opening a round is waited for; None until a round's arrivals were seen."""
-        if not self.late_mads or len(run.arrival_s) < len(run.sources):
-            return None
-        median = statistics.median(run.arrival_s)
-        spread_s = statistics.median(abs(seconds - median) for seconds in run.arrival_s)
-        return median + min(max(self.late_mads * spread_s, self.late_floor_s), self.late_ceiling_s)
+        waiting = {(m.round, run.fragment_of(key)): m for key, m in run.modules.items() if m.awaited and m.arrivals}
+        ends_s = [self._ends_s(run, turn, module) for turn, module in waiting.items()]
+        return min((end_s for end_s in ends_s if end_s is not None), default=None)
 
     def _overdue(self, run: RunView, key: ModuleKey, now_s: float) -> bool:
         module = run.modules[key]
-        opened_s = run.opened_s.get((module.round, run.fragment_of(key)))
-        if not module.arrivals or opened_s is None or now_s - opened_s < self.late_floor_s:
+        turn = (module.round, run.fragment_of(key))
+        if not module.arrivals or now_s - run.opened_s.get(turn, now_s) < self.late_floor_s:
             return False  # in most cases; the rest takes time to know
-        patience_s = self._patience_s(run)
-        return patience_s is not None and now_s >= opened_s + patience_s
+        end_s = self._ends_s(run, turn, module)
+        return end_s is not None and now_s >= end_s
+
+    def _ends_s(self, run: RunView, turn: tuple[int, int], module: ModuleView) -> float | None:
+        """How long a turn is waited for: for each source as long as its last ones took, and their spread allows.
+
+        None: for ever, since of one too few were seen.
+        """
+        if not self.late_mads or turn not in run.opened_s:
+            return None
+        longest_s = 0.0
+        for source in module.awaited:
+            seen = run.arrival_s.get(source, ())
+            if len(seen) < LEAST_ARRIVALS:
+                return None
+            median = statistics.median(seen)
+            mad = statistics.median(abs(seconds - median) for seconds in seen)
+            more_s = min(max(self.late_mads * mad, self.late_floor_s), self.late_ceiling_s)
+            longest_s = max(longest_s, median + more_s)
+        return run.opened_s[turn] + longest_s
 
     def _due(self, run: RunView, round_: int, source: SourceView) -> tuple[int, int] | None:
         """(round, fragment) whose outcome is to be installed before the source's next step."""

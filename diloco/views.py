@@ -22,7 +22,7 @@ from diloco.messages import (
 )
 from diloco.progress import SourceView
 
-OBSERVED_ARRIVALS = 64  # of the last so many contributions is known how long they took
+OBSERVED_ARRIVALS = 16  # of a source: of the last so many is known how long they took
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class RunView:
     ahead: Counters = field(default_factory=Counters)  # of `counters`: what was finished of rounds after the present
     round: int = 0  # rounds that all modules have committed
     opened_s: dict[tuple[int, int], float] = field(default_factory=dict)  # when (round, fragment) began to be awaited
-    arrival_s: deque[float] = field(default_factory=lambda: deque(maxlen=OBSERVED_ARRIVALS))  # how long it then took
+    arrival_s: dict[SourceId, deque[float]] = field(default_factory=dict)  # how long after that its source was heard
 
     def __post_init__(self) -> None:
         self.fragments = self.fragments or (tuple(self.paths[0]),)
@@ -155,6 +155,11 @@ class RunView:
         if report.task.round > self.round:
             self.ahead.count(report, lone=lone)
 
+    def started(self, now_s: float) -> None:
+        """From now on the present rounds are awaited."""
+        for key, module in self.modules.items():
+            self.opened_s.setdefault((module.round, self.fragment_of(key)), now_s)
+
     def drop(self, task: Task) -> list[ModuleKey]:
         """A source ended its turn without contributing; its modules that are in that round."""
         keys = [key for key in self.keys(self.sources[task.source], task.fragment)]
@@ -168,7 +173,7 @@ class RunView:
         """A contribution arrived, perhaps too late: how long did it take?"""
         opened_s = self.opened_s.get((turn.round, turn.fragment))
         if opened_s is not None:
-            self.arrival_s.append(now_s - opened_s)
+            self.arrival_s.setdefault(turn.source, deque(maxlen=OBSERVED_ARRIVALS)).append(now_s - opened_s)
 
     def open_rounds(self, keys: Sequence[ModuleKey], now_s: float) -> None:
         """Await, for a module's present round, all living islands whose path holds it and that take part by then."""

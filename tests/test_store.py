@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from diloco.codec import BFloat16, Codec, Float32
+from diloco.codec import BFloat16, Codec, Float32, Int4, Int8, TopK
 from diloco.merge import Mean, MeanBy
 from diloco.messages import Commit, CommitStats, Contribution, IslandId, ModuleKey, Snapshot, SourceId, State, Tensors
 from diloco.outer import Nesterov, OuterOptimizer, Sgd
 from diloco.store import MEASURED_SOURCES, ModuleStore
 
+CODECS = {"float32": Float32(), "bfloat16": BFloat16(), "int8": Int8(), "int4": Int4(), "topk": TopK()}
 KEY, OTHER = ModuleKey("whole.0/0"), ModuleKey("whole.1/0")
 
 
@@ -136,7 +137,7 @@ def test_a_verdict_says_the_norm() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("codec", [Float32(), BFloat16()], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_one_element_that_is_not_finite_is_seen(codec: Codec, bad: float) -> None:
     store = make_store(codec=codec)
     delta = tensors(0)
@@ -336,7 +337,7 @@ def used_store(codec: Codec) -> ModuleStore:
     return store
 
 
-@pytest.mark.parametrize("codec", [Float32(), BFloat16()], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_a_loaded_store_holds_the_same_inbox_included(codec: Codec) -> None:
     store = used_store(codec)
     loaded = ModuleStore(outer=Nesterov(), merge=Mean(), codec=codec, codec_down=Float32())
@@ -346,7 +347,7 @@ def test_a_loaded_store_holds_the_same_inbox_included(codec: Codec) -> None:
     assert [(e["source"], e["round"]) for e in loaded.state()[KEY].meta["inbox"]] == [(1, 1), (0, 1), (1, 2)]
 
 
-@pytest.mark.parametrize("codec", [Float32(), BFloat16()], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_a_loaded_store_goes_on_to_the_same_bits(codec: Codec) -> None:
     store = used_store(codec)
     loaded = ModuleStore(outer=Nesterov(), merge=Mean(), codec=codec, codec_down=Float32())

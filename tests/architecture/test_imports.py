@@ -31,7 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.buffers": {"diloco.messages"},
     "diloco.merge": {"diloco.buffers", "diloco.messages"},
     "diloco.layout": {"diloco.messages"},
-    "diloco.codec": {"diloco.buffers", "diloco.messages"},
+    "diloco.blocks": {"diloco.messages"},
+    "diloco.quantize": {"diloco.blocks", "diloco.buffers"},
+    "diloco.sparse": {"diloco.blocks", "diloco.buffers"},
+    "diloco.codec": {"diloco.blocks", "diloco.buffers", "diloco.messages", "diloco.quantize", "diloco.sparse"},
     "diloco.feedback": {"diloco.codec", "diloco.messages"},
     "diloco.schedule": {"diloco.messages", "diloco.progress", "diloco.views"},
     "diloco.coordinator": {

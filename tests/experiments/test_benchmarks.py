@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from experiments.benchmarks import coordinator, inner_loop, memory, outer_round, peers
+from experiments.benchmarks import codec, coordinator, inner_loop, memory, outer_round, peers
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = {"coordinator": coordinator, "inner_loop": inner_loop, "memory": memory, "outer_round": outer_round}
+BENCHMARKS = {
+    "codec": codec,
+    "coordinator": coordinator,
+    "inner_loop": inner_loop,
+    "memory": memory,
+    "outer_round": outer_round,
+}
 starts_ray = pytest.mark.timeout(300)  # twenty seconds on a free machine
 
 
@@ -41,6 +48,17 @@ def figures(name: str, *options: str, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert found["benchmark"] == name
     return found
+
+
+def test_codec(tmp_path: Path) -> None:
+    found = figures("codec", folder=tmp_path)
+    assert set(found["codecs"]) == {"float32", "bfloat16", "int8", "int4", "topk"}
+    assert found["memcpy_gbs"] > 0 and found["ratio"] > 0 and found["cpu_ratio"] > 0
+    assert found["parameters"] >= 100_000
+    for figure in found["codecs"].values():
+        assert min(figure[f"{way}_gbs"] for way in ("encode", "decode", "difference")) > 0
+    bits = {name: figure["bits"] for name, figure in found["codecs"].items()}
+    assert bits == pytest.approx({"float32": 32, "bfloat16": 16, "int8": 8.13, "int4": 4.13, "topk": 0.235}, rel=0.2)
 
 
 def test_coordinator(tmp_path: Path) -> None:
@@ -100,6 +118,8 @@ def test_bad_options(name: str, options: list[str], capsys: pytest.CaptureFixtur
 
 
 def test_options_that_do_not_fit_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    if not torch.cuda.is_available():
+        assert "--device cpu" in refused(capsys, "codec", "--device", "cuda")
     assert "does not divide" in refused(capsys, "coordinator", "--modules", "10", "--modules-per-path", "3")
     few = refused(capsys, "coordinator", "--islands", "2", "--modules", "10", "--modules-per-path", "1")
     assert "2 islands leave modules untrained" in few

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diloco.codec import BFloat16, Codec, Float32
+from diloco.codec import BFloat16, Codec, Float32, Int4, Int8, TopK
 from diloco.events import CommitAll, Push, Received, Run
 from diloco.merge import Mean, MeanBy
 from diloco.messages import Contribution, ModuleKey, Shape, SlotName, Snapshot, SourceId, Task, Tensors, Turn, Verdict
@@ -23,6 +23,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
     "whole.0": {"a": (7,), "b": (2, 3)},
     "whole.1": {"c": (4, 4), "d": ()},
 }
+CODECS = {"float32": Float32(), "bfloat16": BFloat16(), "int8": Int8(), "int4": Int4(), "topk": TopK()}
 ISLANDS, ROUNDS = 4, 3
 
 
@@ -89,7 +90,7 @@ class WithStores(FakeRuntime):
         }
 
 
-@pytest.mark.parametrize("codec", [Float32(), BFloat16()], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 @given(seed=st.integers(0, 2**31))
 @settings(max_examples=15, deadline=None)
 def test_the_order_of_arrival_does_not_change_a_bit(codec: Codec, seed: int) -> None:
