@@ -17,6 +17,8 @@ import torch
 from diloco import buffers
 from diloco.messages import Payload, Shape, Tensors
 
+SAMPLE_VALUES = 1 << 16  # of which `bits` counts the bytes
+
 
 @dataclass(kw_only=True)
 class Codec(ABC):
@@ -42,6 +44,11 @@ class Codec(ABC):
     def view(self, payload: Payload) -> Tensors:
         """What `decode` gives, to be read only: a codec may give the payload's own memory instead of a copy."""
         return self.decode(payload)
+
+    def bits(self) -> float:
+        """Bits a parameter in the body of a payload, as a sample of normal values comes out."""
+        sample = torch.randn(SAMPLE_VALUES, generator=torch.Generator().manual_seed(0))
+        return 8 * self.encode({"sample": sample}).body.nbytes / SAMPLE_VALUES
 
 
 @dataclass(kw_only=True)

@@ -58,6 +58,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.resume": {"diloco.checkpoint", "diloco.config", "diloco.rundir", "diloco.messages"},
     "diloco.summary": {"diloco.runtime.base", "diloco.counters", "diloco.messages"},
     "diloco.plan": {"diloco.display", "diloco.messages"},
+    "diloco.planner": {
+        "diloco.codec",
+        "diloco.config",
+        "diloco.display",
+        "diloco.messages",
+        "diloco.plan",
+        "diloco.schedule",
+    },
     "diloco.report*": {"diloco.display", "diloco.rundir", "diloco.report*"},
     "diloco.workloads.*": {"diloco.workload", "diloco.workloads*", "diloco.messages", *DATA},
     "diloco.runtime.reaper": set(),
@@ -110,7 +118,15 @@ LIBRARIES = (
     Library("wandb", ("diloco.metrics",), inside_functions=True),
 )
 # Records and decisions are tested by events alone, without tensors, processes or a clock.
-PURE = ("diloco.messages", "diloco.counters", "diloco.events", "diloco.views", "diloco.schedule", "diloco.coordinator")
+PURE = (
+    "diloco.messages",
+    "diloco.counters",
+    "diloco.events",
+    "diloco.views",
+    "diloco.schedule",
+    "diloco.coordinator",
+    "diloco.plan",
+)
 IMPURE = ("torch", "ray", "time", "datetime", "threading", "asyncio", "os", "secrets")
 
 

@@ -179,3 +179,7 @@ def test_bfloat16_rounds_to_the_nearest_even() -> None:
 def test_error_feedback_is_refused_where_there_is_none(part: type[Float32] | type[BFloat16]) -> None:
     with pytest.raises(ValueError, match="error_feedback"):
         part(error_feedback=True)
+
+
+def test_bits_are_those_of_any_payload(row: Row) -> None:
+    assert row.codec.bits() == pytest.approx(row.bits)
