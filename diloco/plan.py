@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-WARM_UP_ROUNDS = 2  # lag ends within the round that follows
+WARM_UP_ROUNDS = 2  # and those that the lag spans
 MEASURED_ROUNDS = 2
 CLOSE = 1e-9  # relative width at which a search ends
 WHOLE = ("layers", "inner_steps", "islands", "shards", "layers_per_fragment")
@@ -59,7 +59,8 @@ def required_gbits(
     per_fragment = layers if layers_per_fragment is None else layers_per_fragment
     given = {"parameters": parameters, "layers": layers, "step_s": step_s, "inner_steps": inner_steps, "bits": bits}
     _check({**given, "islands": islands, "layers_per_fragment": per_fragment})
-    _check_lag(lag, inner_steps)
+    if lag != int(lag) or not 0 <= lag < inner_steps:
+        raise ValueError(f"lag={lag} with inner_steps={inner_steps}: give a whole number of steps from 0 to one less")
     num_fragments = math.ceil(layers / per_fragment)
     node_s = step_s / (3 * layers - 1)
     gigabits = 2 * (1 - 1 / islands) * parameters * bits / layers / 1e9
@@ -91,8 +92,9 @@ def round_s(
     at = 0  # the present step
     waits: dict[int, list[tuple[float, float]]] = {}  # step -> (needed after its start, when it is there)
     eventful = sorted({*sends, *((step + 1 + lag) % inner_steps for step in sends)})
-    for round_ in range(WARM_UP_ROUNDS + MEASURED_ROUNDS):
-        if round_ == WARM_UP_ROUNDS:
+    warm_up_rounds = WARM_UP_ROUNDS + lag // inner_steps
+    for round_ in range(warm_up_rounds + MEASURED_ROUNDS):
+        if round_ == warm_up_rounds:
             start_s = now_s
         for step in (round_ * inner_steps + offset for offset in eventful):
             now_s, at = now_s + (step - at) * step_s, step
@@ -132,7 +134,8 @@ class Plan:
         given = {f.name: vars(self)[f.name] for f in fields(self) if f.name not in ("fragments", "lag")}
         given |= {f"fragments[{i}]": size for i, size in enumerate(self.fragments)}
         _check({name: value for name, value in given.items() if value is not None})
-        _check_lag(self.lag, self.inner_steps)
+        if self.lag != int(self.lag) or self.lag < 0:
+            raise ValueError(f"lag={self.lag}: give a whole number of steps, or 0")
 
     @property
     def parameters(self) -> int:
@@ -213,8 +216,3 @@ def _check(given: Mapping[str, float]) -> None:
             raise ValueError(f"{name}={value}: give a number above 0")
         if name in WHOLE and value != int(value):
             raise ValueError(f"{name}={value}: give a whole number of at least 1")
-
-
-def _check_lag(lag: int, inner_steps: int) -> None:
-    if lag != int(lag) or not 0 <= lag < inner_steps:
-        raise ValueError(f"lag={lag} with inner_steps={inner_steps}: give a whole number of steps from 0 to one less")

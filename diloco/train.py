@@ -16,7 +16,7 @@ from typing import Any
 
 from diloco import checkpoint as ckpt
 from diloco import config as configuration
-from diloco import resume, rundir, summary
+from diloco import planner, resume, rundir, summary
 from diloco.config import RunConfig
 from diloco.coordinator import Coordinator
 from diloco.display import Display
@@ -68,6 +68,7 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
             check_blocks(modules)
         if start.manifest is not None:
             ckpt.check_layout(start.manifest["layout"], modules, shapes)
+        _say("\n".join(planner.lines(planner.plan_of(config, modules, shapes))))
         backend.setup(modules)
         view = _view(config, corpus, modules)
         session = _Session(replace(start, config=config), backend, view, modules, shapes, corpus)
