@@ -57,7 +57,7 @@ def lag_of(schedule: Schedule) -> int:
 def lines(plan: Plan) -> tuple[str, str]:
     """What a run says of itself before it starts, when nobody knows how long a step takes."""
     sent = (
-        f"plan: {_model(plan)}; an island and round of {plan.inner_steps} steps:"
+        f"plan: {_model(plan)}; an island and round of {_steps(plan)}:"
         f" {format_bytes(plan.bytes_up)} up ({plan.bits_up:g} bits),"
         f" {format_bytes(plan.bytes_down)} down ({plan.bits_down:g} bits)"
     )
@@ -77,7 +77,7 @@ def rows(plan: Plan, *, rounds: int) -> list[tuple[str, str]]:
     found = [
         ("parameters", _model(plan)),
         ("on the wire as", f"{plan.bits_up:g} bits a parameter up, {plan.bits_down:g} down"),
-        ("an island and round", f"{up} up, {down} down, for {plan.inner_steps} steps"),
+        ("an island and round", f"{up} up, {down} down, for {_steps(plan)}"),
         ("all islands, rounds", f"{format_bytes(total)}: {plan.islands} x {rounds}"),
         ("step", "unknown: give --step-s, or --measure" if plan.step_s is None else f"{plan.step_s:.3g} s"),
     ]
@@ -148,6 +148,10 @@ def format_rate(gbits: float) -> str:
 def _model(plan: Plan) -> str:
     count = len(plan.fragments)
     return f"{format_count(plan.parameters)} parameters in {count} fragment{'s' if count > 1 else ''}"
+
+
+def _steps(plan: Plan) -> str:
+    return f"{plan.inner_steps} step{'s' if plan.inner_steps > 1 else ''}"
 
 
 def _on_link(plan: Plan, gbits: float) -> list[tuple[str, str]]:

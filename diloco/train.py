@@ -68,7 +68,6 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
             check_blocks(modules)
         if start.manifest is not None:
             ckpt.check_layout(start.manifest["layout"], modules, shapes)
-        _say("\n".join(planner.lines(planner.plan_of(config, modules, shapes))))
         backend.setup(modules)
         view = _view(config, corpus, modules)
         session = _Session(replace(start, config=config), backend, view, modules, shapes, corpus)
@@ -76,6 +75,7 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
             backend.fill(init_from)
         else:
             session.take_up(start.manifest["view"])
+        _say("\n".join(planner.lines(planner.plan_of(config, modules, shapes))))
         return session.run(begun_s)
     finally:
         backend.close()
