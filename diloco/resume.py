@@ -95,20 +95,10 @@ def _resumed(config: RunConfig, directory: Path) -> Start:
 
 
 def _differences(saved: RunConfig, given: RunConfig) -> list[str]:
-    before, after = (_flat(configuration.plain(config)) for config in (saved, given))
+    before, after = (rundir.flat(configuration.plain(config)) for config in (saved, given))
     found = []
     for key in sorted({*before, *after}):
         top = key.removeprefix("choices.").partition(".")[0]
         if top not in (*MAY_DIFFER, "resume", "experiment", "imports") and before.get(key) != after.get(key):
             found.append(f"{key}={after.get(key)} was {before.get(key)}")
     return found
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -1,4 +1,4 @@
-"""A run's directory: its name, the link to the newest one, and what the environment was."""
+"""A run's directory: its name, the link to the newest one, its configuration with flat keys, and the environment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 RUNS = Path("runs")
 
@@ -33,6 +35,17 @@ def point_latest(directory: Path) -> None:
 def candidates(name: str) -> list[Path]:
     """The directories of runs of this name, the newest first."""
     return sorted((path.absolute() for path in RUNS.glob(f"*_{name}") if path.is_dir()), reverse=True)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dots in the keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def environment() -> dict[str, object]:

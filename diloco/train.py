@@ -16,7 +16,7 @@ from typing import Any
 
 from diloco import checkpoint as ckpt
 from diloco import config as configuration
-from diloco import resume, rundir, saved_view, summary
+from diloco import planner, resume, rundir, saved_view, summary
 from diloco.config import RunConfig
 from diloco.coordinator import Coordinator
 from diloco.display import Display
@@ -76,6 +76,7 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
             backend.fill(init_from)
         else:
             session.take_up(start.manifest["view"])
+        _say("\n".join(planner.lines(planner.plan_of(config, modules, shapes))))
         return session.run(begun_s)
     finally:
         backend.close()

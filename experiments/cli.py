@@ -1,4 +1,4 @@
-"""The command `diloco`: train, report, export, sample and doctor."""
+"""The command `diloco`: train, plan, report, export, sample and doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from experiments.entry import FINISHED, INTERRUPTED, Parser
 ABOUT = "Train one model on islands of machines that seldom talk, and use what came out."
 COMMANDS = {
     "train": "run an experiment: diloco train +experiment=quickstart islands=4; see diloco train --help",
+    "plan": "what a configuration will send and wait for: diloco plan +experiment=quickstart --step-s 0.2 --link 1gbit",
     "report": "draw what came out of a run, of several side by side, or of a sweep, as one HTML page",
     "export": "write the trained model as a folder that transformers loads",
     "sample": "let the trained model write",
@@ -25,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["train"]:
         return entry.main(argv[1:], program="diloco train")
+    if argv[:1] == ["plan"]:
+        from experiments import planning
+
+        return planning.main(argv[1:])
     arguments = _parser().parse_args(argv)
     try:
         match arguments.command:

@@ -178,7 +178,7 @@ def check_ray(findings: Findings, address: str) -> None:
     if address:
         where = f"the cluster at RAY_ADDRESS={address}"
         mend = "start the cluster (ray start --head --port=6379), or unset RAY_ADDRESS"
-        if not _listens(address):
+        if not listens(address):
             findings.add("Ray", MISSING, f"{where} cannot be reached", mend)
             return
     command = [sys.executable, "-c", "import sys; from experiments.doctor import probe; probe(sys.argv[1])", address]
@@ -199,7 +199,7 @@ def check_ray(findings: Findings, address: str) -> None:
         findings.add("  node", OK, f"{node['address']}: {', '.join(parts)}")
 
 
-def _listens(address: str) -> bool:
+def listens(address: str) -> bool:
     """Whether anyone answers at host:port; True for addresses of another form."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():

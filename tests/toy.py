@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import random
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diloco import Result, RunConfig, train
+from diloco.checkpoint import read_source
 from diloco.config import register
 from diloco.coordinator import Coordinator
 from diloco.data import Data
@@ -39,7 +42,19 @@ from diloco.events import (
     Started,
     Stop,
 )
-from diloco.messages import Commit, IslandId, ModuleKey, Modules, Report, ShardId, SlotName, State, Task, Verdict
+from diloco.messages import (
+    Commit,
+    IslandId,
+    ModuleKey,
+    Modules,
+    Report,
+    ShardId,
+    SlotName,
+    SourceId,
+    State,
+    Task,
+    Verdict,
+)
 from diloco.metrics import Metrics
 from diloco.runtime.local import Local
 from diloco.schedule import Barrier, Schedule
@@ -290,6 +305,31 @@ def records(directory: Path, *events: str) -> list[dict[str, Any]]:
 def warned(directory: Path) -> list[str]:
     """The messages of a run's warnings."""
     return [record["message"] for record in records(directory, "warning")]
+
+
+def assert_same_sources(found: Path, expected: Path, *, rounds: int, sources: int = 2) -> None:
+    """The checkpoints of these runs, one a round, have every source to the bit."""
+    for round_ in range(1, rounds + 1):
+        name = f"checkpoints/round-{round_:06d}"
+        for source in map(SourceId, range(sources)):
+            mine, theirs = (read_source(str(directory / name), source) for directory in (found, expected))
+            assert mine is not None and theirs is not None
+            assert all(torch.equal(mine.tensors[key], value) for key, value in theirs.tensors.items())
+
+
+@contextmanager
+def opened_when_joined(gate: Path, run: Path) -> Iterator[None]:
+    """Meanwhile make the file `gate` exist as soon as the run in directory `run` tells that an island joined."""
+
+    def watch() -> None:
+        wait_for((run / "metrics.jsonl").exists)
+        wait_for(lambda: bool(records(run, "joined")))
+        gate.write_text("")
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield
+    watcher.join()
 
 
 # --- a runtime without islands, to drive a coordinator by events ---

@@ -76,17 +76,6 @@ def is_sweep(path: Path) -> bool:
     return (path / SWEEP).is_file() or (not _is_run(path) and bool(_members(path)))
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dots in the keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
 def _read(path: Path) -> list[Run]:
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; give that of a run or a sweep, such as runs/latest")
@@ -158,7 +147,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         return {}
     choices = values.pop("choices", {})
-    return {**flat(choices), **flat(values)}
+    return {**rundir.flat(choices), **rundir.flat(values)}
 
 
 def _read_summary(directory: Path, told: History) -> dict[str, Any]:

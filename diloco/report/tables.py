@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from diloco import rundir
 from diloco.display import format_bytes, format_count, format_duration
 from diloco.report.drawing import Key
 from diloco.report.history import number
 from diloco.report.html import Cell, table
-from diloco.report.runs import Run, best_of, differing, flat, shortened
+from diloco.report.runs import Run, best_of, differing, shortened
 
 NONE = "-"
 MOST_OF_A_VALUE = 120  # characters of a setting
@@ -130,7 +131,7 @@ def differences(runs: Sequence[Run]) -> str:
 
 def environment(runs: Sequence[Run]) -> str:
     """Versions and digests: once where all runs agree, else a row for each run."""
-    told = [flat({key: run.summary[key] for key in ENVIRONMENT if run.summary.get(key)}) for run in runs]
+    told = [rundir.flat({key: run.summary[key] for key in ENVIRONMENT if run.summary.get(key)}) for run in runs]
     names = list(dict.fromkeys(name for values in told for name in values))
     common = [name for name in names if len({repr(values[name]) for values in told if name in values}) == 1]
     rows = [[Cell(text=_title(name)), Cell(text=next(str(v[name]) for v in told if name in v))] for name in common]

@@ -85,6 +85,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.resume": {"diloco.checkpoint", "diloco.config", "diloco.rundir", "diloco.messages"},
     "diloco.summary": {"diloco.runtime.base", "diloco.counters", "diloco.messages"},
     "diloco.plan": {"diloco.display", "diloco.messages"},
+    "diloco.planner": {
+        "diloco.codec",
+        "diloco.config",
+        "diloco.display",
+        "diloco.messages",
+        "diloco.plan",
+        "diloco.schedule",
+    },
     "diloco.report*": {"diloco.display", "diloco.rundir", "diloco.report*"},
     "diloco.workloads.*": {"diloco.workload", "diloco.workloads*", "diloco.messages", *DATA},
     "diloco.runtime.reaper": set(),
@@ -140,6 +148,7 @@ LIBRARIES = (
 PURE = (
     *sorted(TYPES),
     *("diloco.saved_view", "diloco.saves", "diloco.pushes", "diloco.watch", "diloco.schedule", "diloco.coordinator"),
+    "diloco.plan",
 )
 IMPURE = ("torch", "ray", "time", "datetime", "threading", "asyncio", "os", "secrets")
 

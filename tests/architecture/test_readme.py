@@ -69,6 +69,15 @@ def test_python_snippets_run(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert (folder / "runs" / "latest" / "summary.json").is_file()
 
 
+def test_plans_are_made(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = [shlex.split(command) for command in commands() if command.startswith("diloco plan")]
+    assert plans
+    for words in plans:
+        assert cli.main(words[1:]) == 0
+        assert capsys.readouterr().out.partition("warning")[0] in README
+    assert not (folder / "runs").exists()
+
+
 def test_commands_on_a_finished_run(folder: Path) -> None:
     assert entry.main(["+experiment=smoke", *SMALL, "inner_steps=2"]) == 0
     for command in commands():

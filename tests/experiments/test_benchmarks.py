@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.benchmarks import codec, coordinator, inner_loop, memory, outer_round, peers
+from experiments.benchmarks import codec, coordinator, inner_loop, memory, outer_round, peers, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = {
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "inner_loop": inner_loop,
     "memory": memory,
     "outer_round": outer_round,
+    "plan": plan,
 }
 starts_ray = pytest.mark.timeout(300)  # twenty seconds on a free machine
 
@@ -69,6 +70,12 @@ def test_coordinator(tmp_path: Path) -> None:
         for key in ("events_per_s", "seconds_per_task", "slowest_event_s"):
             assert set(width[key]) == {"10", "30"}
             assert all(value > 0 for value in width[key].values())
+
+
+def test_plan(tmp_path: Path) -> None:
+    found = figures("plan", folder=tmp_path)
+    assert found["cells"] == 25
+    assert found["within_one_step"] >= 0.95 and found["exact"] >= 0.75
 
 
 @starts_ray

@@ -26,7 +26,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["sample", "--help"], ["export", "-h"], ["report", "-h"], ["doctor", "-h"]]
+    "arguments",
+    [["--help"], ["plan", "--help"], ["sample", "--help"], ["export", "-h"], ["report", "-h"], ["doctor", "-h"]],
 )
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

@@ -6,24 +6,30 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-import torch
 
 from diloco import RunConfig
-from diloco.checkpoint import Checkpoint, CheckpointFolder, read_source
+from diloco.checkpoint import Checkpoint, CheckpointFolder
 from diloco.config import to_yaml
-from diloco.messages import SourceId
 from diloco.metrics import Metrics
 from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
 from diloco.runtime.ray_refs import Pending
 from tests.conftest import BASE, Start
-from tests.toy import Signalling, WithBatchNorm, digests, launch, records, wait_for, warned
+from tests.toy import (
+    Signalling,
+    WithBatchNorm,
+    assert_same_sources,
+    digests,
+    launch,
+    opened_when_joined,
+    records,
+    warned,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -186,12 +192,7 @@ def test_checkpoints_have_every_source_where_a_round_is_one_task(start: Start, r
     found = start("run", **settings)
     expected = launch(runs / "local", **{**BASE, **settings})
     assert digests(found) == digests(expected)
-    for round_ in (1, 2, 3):
-        for source in (SourceId(0), SourceId(1)):
-            name = f"checkpoints/round-{round_:06d}"
-            theirs, mine = (read_source(str(run.directory / name), source) for run in (expected, found))
-            assert theirs is not None and mine is not None
-            assert all(torch.equal(mine.tensors[key], value) for key, value in theirs.tensors.items())
+    assert_same_sources(found.directory, expected.directory, rounds=3)
 
 
 def test_an_island_killed_by_pid_is_started_again_and_takes_part(start: Start, runs: Path) -> None:
@@ -202,15 +203,8 @@ def test_an_island_killed_by_pid_is_started_again_and_takes_part(start: Start, r
         dropout=0.3, file=str(flag), at_shard=1, at_step=6 + 3, gate=str(back), gate_shard=0, gate_step=3 * 6 + 3
     )
 
-    def watch() -> None:
-        wait_for((runs / "run" / "metrics.jsonl").exists)
-        wait_for(lambda: bool(records(runs / "run", "joined")))
-        back.write_text("")
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = start("run", workload=workload, rounds=6, checkpoint=Checkpoint(every=1), store=Store(shards=1))
-    watcher.join()
+    with opened_when_joined(back, runs / "run"):
+        result = start("run", workload=workload, rounds=6, checkpoint=Checkpoint(every=1), store=Store(shards=1))
     assert not flag.exists()
     assert result.summary["status"] == "finished"
     assert (result.summary["islands_lost"], result.summary["islands_joined"]) == (1, 1)

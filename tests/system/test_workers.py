@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -32,7 +31,7 @@ from diloco.train import make_job
 from diloco.workers import World, join, meet
 from diloco.workload import Batch
 from tests.conftest import Start
-from tests.toy import Deep, Line, Signalling, digests, launch, records, wait_for, warned
+from tests.toy import Deep, Line, Signalling, digests, launch, opened_when_joined, records, wait_for, warned
 
 pytestmark = pytest.mark.timeout(300)  # seconds a test: several starts of many processes
 KINDS = [ReplicaKind.ddp, ReplicaKind.fsdp2]
@@ -236,16 +235,9 @@ def test_a_killed_worker_takes_its_island_down_and_the_run_goes_on(
         file=str(flag), at_shard=1, at_step=6 + 3, at_worker=worker, gate=str(back), gate_shard=0, gate_step=3 * 6 + 3
     )
 
-    def watch() -> None:
-        wait_for((runs / "run" / "metrics.jsonl").exists)
-        wait_for(lambda: bool(records(runs / "run", "joined")))
-        back.write_text("")
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     settings = {"rounds": 6, "checkpoint": Checkpoint(every=1), "store": Store(shards=1)}
-    result = start("run", workload=workload, workers=2, replica=kind, **settings)
-    watcher.join()
+    with opened_when_joined(back, runs / "run"):
+        result = start("run", workload=workload, workers=2, replica=kind, **settings)
     assert not flag.exists()
     assert result.summary["status"] == "finished"
     assert (result.summary["islands_lost"], result.summary["islands_joined"]) == (1, 1)

@@ -1,0 +1,26 @@
+"""The link between the nodes of a Ray cluster, here two on one machine."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from diloco.runtime.ray_link import measured_gbits
+
+
+def test_the_link_between_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "object_store_memory": 200 << 20, "include_dashboard": False},
+    )
+    try:
+        assert measured_gbits(cluster.address) is None
+        cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+        cluster.wait_for_nodes()
+        gbits = measured_gbits(cluster.address)
+        assert gbits is not None and 0.01 < gbits < 1000
+        assert not ray.is_initialized()
+    finally:
+        cluster.shutdown()
