@@ -59,8 +59,10 @@ class Display:
             case "segment":
                 self._islands.setdefault(int(_amount(record, "island")), {}).update(record)
             case "commit":
-                self._round = int(_amount(record, "round"))
                 self._sent_bytes = _amount(record, "total/bytes_sent")
+                if _amount(record, "fragment") + 1 < _amount(record, "fragments"):
+                    return  # only the last fragment's step ends a round
+                self._round = int(_amount(record, "round"))
                 self._commits.append((self._round, self._now[0], _amount(record, "total/tokens")))
                 self._say(self._commit_line(), show=self._live is None)
             case "evaluation":
@@ -69,6 +71,8 @@ class Display:
                 self._islands.setdefault(int(_amount(record, "island")), {})["event"] = event
                 reason = f": {record['message']}" if record.get("message") else ""
                 self._say(f"island {record.get('island')} {event}{reason}")
+            case "late":
+                self._say(f"{record.get('message')}")
             case "warning":
                 self._say(f"warning: {record.get('message')}")
             case "end":

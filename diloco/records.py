@@ -22,6 +22,7 @@ def committed(event: Committed, run: RunView) -> Log:
         "event": "commit",
         "round": stats[0].round + 1,
         "fragment": run.fragment_of(stats[0].module),
+        "fragments": len(run.fragments),
         "outer/version": max(s.version for s in stats),
         "outer/update_norm": math.sqrt(sum(s.update_square for s in stats)),
         "outer/contribution_norm": sum(norms) / size,

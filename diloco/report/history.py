@@ -30,6 +30,7 @@ class Commit(NamedTuple):
     """An outer step; `round` counts those done, tokens and bytes are the whole run's."""
 
     round: int
+    at: float  # the same, with the fragments that stepped before in the round as a part of one
     time_s: float
     tokens: float
     bytes_up: float
@@ -158,8 +159,10 @@ def _segment(record: Mapping[str, Any], time_s: float) -> Segment:
 
 
 def _commit(record: Mapping[str, Any], time_s: float, segments: int) -> Commit:
+    fragments = amount(record, "fragments") or 1.0
     return Commit(
         round=_round(record),
+        at=_round(record) - 1 + (amount(record, "fragment") + 1) / fragments,
         time_s=time_s,
         tokens=amount(record, "total/tokens"),
         bytes_up=amount(record, "total/bytes_up"),

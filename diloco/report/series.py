@@ -38,9 +38,9 @@ class Traffic(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Several values of one outer step."""
+    """Several values of one outer step; of fragments each has its part of a round."""
 
-    round: int
+    round: float
     mean: float
     least: float
     most: float
@@ -106,17 +106,17 @@ def traffic(history: History) -> list[Traffic]:
 
 def norms(history: History) -> list[Spread]:
     """Norms of the contributions to each outer step."""
-    return [_spread(commit.round, commit.norms) for commit in history.commits if commit.norms]
+    return [_spread(commit.at, commit.norms) for commit in history.commits if commit.norms]
 
 
 def cosines(history: History) -> list[Spread]:
     """Cosines between any two contributions to each outer step."""
-    return [_spread(commit.round, commit.cosines) for commit in history.commits if commit.cosines]
+    return [_spread(commit.at, commit.cosines) for commit in history.commits if commit.cosines]
 
 
 def update_norms(history: History) -> list[Spread]:
     """Norm of each outer step."""
-    return [_spread(c.round, (c.update_norm,)) for c in history.commits if c.update_norm is not None]
+    return [_spread(c.at, (c.update_norm,)) for c in history.commits if c.update_norm is not None]
 
 
 def timeline(history: History) -> Timeline:
@@ -148,7 +148,7 @@ def thin(items: Sequence[T], values: Iterable[float], most: int = MOST_POINTS) -
     return [items[index] for index in sorted(keep)]
 
 
-def _spread(round_: int, values: Sequence[float]) -> Spread:
+def _spread(round_: float, values: Sequence[float]) -> Spread:
     return Spread(round_, sum(values) / len(values), min(values), max(values))
 
 
