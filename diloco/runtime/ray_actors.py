@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diloco import checkpoint as ckpt
 from diloco import workers
@@ -20,7 +21,6 @@ from diloco.messages import (
     EVALUATOR,
     Commit,
     CommitStats,
-    Contribution,
     IslandId,
     ModuleKey,
     Modules,
@@ -67,10 +67,15 @@ class WorkerShell:
         self._island = self._job.make_island(self._job.corpus(), world)
         return self._island.shapes()
 
+    @ray.method(concurrency_group="ping")
+    def node(self) -> str:
+        """The node that this actor runs on, told while it is still being built."""
+        return _node()
+
     def setup(self, modules: Modules) -> str:
         """Returns the node that this actor runs on."""
         self._island.setup(modules)
-        return str(ray.get_runtime_context().get_node_id())
+        return _node()
 
     def initial(self, groups: Sequence[Sequence[ModuleKey]], init_from: str) -> Any:
         """Version 0 of these modules, one list of snapshots for each group (a shard of the store)."""
@@ -152,9 +157,9 @@ class ShardShell:
         """What a checkpoint holds of these modules."""
         self._store.load_state(ckpt.read_modules(checkpoint, keys))
 
-    def push(self, contributions: list[Contribution]) -> list[Verdict]:
-        """Judge and keep."""
-        return [self._store.push(contribution) for contribution in contributions]
+    def push(self, refs: Sequence[Any]) -> list[Verdict]:
+        """Judge and keep these lists of contributions, fetched one after the other."""
+        return [self._store.push(contribution) for ref in refs for contribution in ray.get(ref)]
 
     def commit(self, commits: Sequence[Commit]) -> list[int]:
         """Outer steps; returns the versions."""
@@ -182,6 +187,10 @@ class ShardShell:
         return self._store.outer_digests()
 
 
+def _node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def _host() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
@@ -197,6 +206,7 @@ WorkerActor: Any = _actor(concurrency_groups={"io": 1, "ping": 1})(WorkerShell)
 _ShardActor: Any = _actor(concurrency_groups={"io": 1})(ShardShell)
 
 
-def spawn_shard(job: Job) -> Any:
-    """A handle of a new shard of the store."""
-    return _ShardActor.options(num_cpus=0, scheduling_strategy="SPREAD").remote(job)
+def spawn_shard(job: Job, node: str) -> Any:
+    """A handle of a new shard of the store, on that node."""
+    strategy = NodeAffinitySchedulingStrategy(node, soft=True)
+    return _ShardActor.options(num_cpus=0, scheduling_strategy=strategy).remote(job)
