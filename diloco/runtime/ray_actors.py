@@ -208,5 +208,5 @@ _ShardActor: Any = _actor(concurrency_groups={"io": 1})(ShardShell)
 
 def spawn_shard(job: Job, node: str) -> Any:
     """A handle of a new shard of the store, on that node."""
-    strategy = NodeAffinitySchedulingStrategy(node, soft=True)
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)  # soft, an actor without CPUs lands anywhere
     return _ShardActor.options(num_cpus=0, scheduling_strategy=strategy).remote(job)

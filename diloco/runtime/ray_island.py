@@ -27,7 +27,8 @@ class RayIsland:
         needs = {"CPU": float(job.threads_per_worker), "GPU": job.gpus_per_worker}
         if island == EVALUATOR:  # exports to the run's directory, so it lives where the driver does
             needs = {"CPU": 0.0, "GPU": 0.0}
-            strategies: list[Any] = [NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)]
+            here = ray.get_runtime_context().get_node_id()
+            strategies: list[Any] = [NodeAffinitySchedulingStrategy(here, soft=False)]
         elif size == 1:
             strategies = ["SPREAD"]
         else:  # on one node if one has room, since workers talk on every step
