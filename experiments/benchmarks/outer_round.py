@@ -83,7 +83,7 @@ def _over_links(given: Any) -> dict[str, Any]:
             line_mbit = statistics.median(lines)
             where = _Where(
                 command=made.command(0, []),
-                environment=wan.start_ray(made, folder, object_store_bytes=store_bytes, settings={}),
+                environment=wan.start_ray(made, folder, object_store_bytes=store_bytes),
                 peers=["--namespaces", *made.names, "--addresses", *made.addresses],
             )
             times = _times(given, folder, where, islands=given.hosts)

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,11 @@ MEASURE_S = 3  # of a line, by iperf3
 END_S = 10.0  # for processes to end after SIGTERM
 RECEIVED = ("sum_received", "sum_received_bidir_reverse")  # names of iperf3 for the two directions
 RAY_PORT = 6379
+RAY_SETTINGS = {  # environment of the nodes
+    "RAY_object_manager_max_bytes_in_flight": str(10 << 20),  # two chunks: more get in each other's way on a slow link
+    "RAY_preallocate_plasma_memory": "1",
+    "RAY_worker_niceness": "0",
+}
 
 
 def check() -> None:
@@ -178,24 +183,24 @@ def _measured(client: Sequence[str], found: list[float]) -> bool:
     return "error" not in answer
 
 
-def start_ray(made: Hosts, folder: Path, *, object_store_bytes: int, settings: Mapping[str, str]) -> dict[str, str]:
+def start_ray(made: Hosts, folder: Path, *, object_store_bytes: int) -> dict[str, str]:
     """A Ray node on each host, with a CPU for an island and token authentication; ended with the hosts.
 
-    `settings` are Ray's own, as environment variables of its nodes. Returns the environment of drivers, which
-    belong on host 0.
+    Returns the environment of drivers, which belong on host 0. A RAY_ variable that is set here already counts
+    there instead of what is in RAY_SETTINGS.
     """
     address = f"{made.addresses[0]}:{RAY_PORT}"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    own = {"RAY_preallocate_plasma_memory": "1", "RAY_worker_niceness": "0", "PYTHONPATH": paths}
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {**RAY_SETTINGS, **os.environ, **token, "PYTHONPATH": paths}
+    environment.pop("RAY_ADDRESS", None)
     for host in range(len(made.names)):
         role = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"] if host == 0 else [f"--address={address}"]
         options = [f"--node-ip-address={made.addresses[host]}", "--num-cpus=1", "--disable-usage-stats"]
         options += [f"--object-store-memory={object_store_bytes}", f"--temp-dir={folder / f'h{host}'}"]
         done = subprocess.run(
             made.command(host, [str(Path(sys.executable).with_name("ray")), "start", *role, *options]),
-            env={**environment, **own, **settings, **token},
+            env=environment,
             capture_output=True,
             text=True,
             check=False,
