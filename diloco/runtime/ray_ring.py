@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ray.exceptions import RayError
@@ -48,13 +49,18 @@ class Ring:
         self._given[transfer.receiver].remove(transfer)
 
     def take(self) -> list[Transfer]:
-        """Those to be begun now, each told once."""
+        """Those to be begun now, each told once.
+
+        An idle node takes whatever it can. A busy one is told of its next where that follows on the ring: what else
+        is there may be overtaken by what is ready in a moment.
+        """
         taken = []
         for turn in range(QUEUED):
             busy = {given[turn].sender for given in self._given.values() if len(given) > turn}
             for transfer in sorted(self._waiting, key=self._distance):
                 given = self._given[transfer.receiver]
-                if len(given) == turn and transfer.sender not in busy:
+                follows = not given or self._distance(transfer) - self._distance(given[-1]) in (0, 1)
+                if len(given) == turn and follows and transfer.sender not in busy:
                     given.append(transfer)
                     busy.add(transfer.sender)
                     taken.append(transfer)
@@ -74,21 +80,25 @@ class Pusher:
         self._pending, self._ring = pending, Ring(nodes)
 
     def push(self, parts: Sequence[tuple[Any, str, Ref]], sender: str, then: Then) -> None:
-        """Each part: a shard, its node, and the contributions that lie on node `sender`.
+        """Each part: a shard, its node, and the contributions to it, which lie on node `sender`.
 
-        When all are judged, `then(answers, None)`, or `then([], error)` with the first failure.
+        When all are judged, `then(answers, None)` in the order of the parts, or `then([], error)` with a failure.
         """
-        answers: list[Any] = []
+        answers: dict[int, Any] = {}
         errors: list[RayError] = []
 
-        def judged(found: list[Any], error: RayError | None) -> None:
-            answers.extend(found)
-            errors.extend([error] if error is not None else [])
-            if len(answers) + len(errors) == len(parts):
-                then(answers if not errors else [], errors[0] if errors else None)
+        def judged(index: int, found: list[Any], error: RayError | None) -> None:
+            if error is None:
+                answers[index] = found[0]
+            else:
+                errors.append(error)
+            if errors and len(answers) + len(errors) == len(parts):
+                then([], errors[0])
+            elif len(answers) == len(parts):
+                then([answers[index] for index in range(len(parts))], None)
 
-        for shard, receiver, ref in parts:
-            self._add(shard, ref, sender=sender, receiver=receiver, judged=judged)
+        for index, (shard, receiver, ref) in enumerate(parts):
+            self._add(shard, ref, sender=sender, receiver=receiver, judged=partial(judged, index))
         self._begin()
 
     def _add(self, shard: Any, ref: Ref, *, sender: str, receiver: str, judged: Then) -> None:
