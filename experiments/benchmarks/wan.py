@@ -38,6 +38,7 @@ RAY_SETTINGS = {  # environment of the nodes
     "RAY_object_manager_max_bytes_in_flight": str(10 << 20),  # two chunks: more get in each other's way on a slow link
     "RAY_preallocate_plasma_memory": "1",
     "RAY_worker_niceness": "0",
+    "RAY_raylet_start_wait_time_s": "300",  # all hosts share this machine's cores
 }
 
 
