@@ -1,6 +1,7 @@
 """What runs inside Ray's actors: thin shells around Island and ModuleStore.
 
-Methods of the group `io` run in a thread of their own, so that checkpoints are written while the actor works on.
+Methods of the group `io` run in a thread of their own, so that checkpoints are written while the actor works on; so do
+those of `links`, which wait for other nodes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from diloco.messages import (
     EVALUATOR,
     Commit,
     CommitStats,
+    Contribution,
     IslandId,
     ModuleKey,
     Modules,
@@ -157,9 +159,14 @@ class ShardShell:
         """What a checkpoint holds of these modules."""
         self._store.load_state(ckpt.read_modules(checkpoint, keys))
 
-    def push(self, refs: Sequence[Any]) -> list[Verdict]:
-        """Judge and keep these lists of contributions, fetched one after the other."""
-        return [self._store.push(contribution) for ref in refs for contribution in ray.get(ref)]
+    @ray.method(concurrency_group="links")
+    def fetch(self, refs: Sequence[Any]) -> None:
+        """Bring these objects to this node; in a thread of its own, so that nothing else waits for a slow link."""
+        ray.wait(list(refs), num_returns=len(refs))
+
+    def push(self, contributions: list[Contribution]) -> list[Verdict]:
+        """Judge and keep."""
+        return [self._store.push(contribution) for contribution in contributions]
 
     def commit(self, commits: Sequence[Commit]) -> list[int]:
         """Outer steps; returns the versions."""
@@ -203,7 +210,7 @@ def _prepare(job: Job) -> None:
 
 _actor: Any = ray.remote  # Ray's types know nothing of concurrency groups
 WorkerActor: Any = _actor(concurrency_groups={"io": 1, "ping": 1})(WorkerShell)
-_ShardActor: Any = _actor(concurrency_groups={"io": 1})(ShardShell)
+_ShardActor: Any = _actor(concurrency_groups={"io": 1, "links": 1})(ShardShell)
 
 
 def spawn_shard(job: Job, node: str) -> Any:

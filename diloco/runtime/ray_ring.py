@@ -86,6 +86,7 @@ class Pusher:
         """
         answers: dict[int, Any] = {}
         errors: list[RayError] = []
+        assert parts
 
         def judged(index: int, found: list[Any], error: RayError | None) -> None:
             if error is None:
@@ -102,18 +103,23 @@ class Pusher:
         self._begin()
 
     def _add(self, shard: Any, ref: Ref, *, sender: str, receiver: str, judged: Then) -> None:
-        def over(found: list[Any], error: RayError | None) -> None:
-            if sender != receiver:
-                self._ring.end(transfer)
-                self._begin()
-            judged(found, error)
+        def fetched(answers: list[Any], error: RayError | None) -> None:
+            self._ring.end(transfer)
+            self._begin()
+            if error is None:
+                push()
+            else:
+                judged([], error)
 
-        def begin() -> None:
-            self._pending.add([shard.push.remote([ref])], over)  # nested, so that Ray does not fetch it before its turn
+        def push() -> None:
+            self._pending.add([shard.push.remote(ref)], judged)
 
-        transfer = Transfer(sender=sender, receiver=receiver, begin=begin)
+        def fetch() -> None:
+            self._pending.add([shard.fetch.remote([ref])], fetched)  # nested, or Ray would fetch it before its turn
+
+        transfer = Transfer(sender=sender, receiver=receiver, begin=fetch)
         if sender == receiver:
-            begin()
+            push()
         else:
             self._ring.add(transfer)
 
