@@ -1,6 +1,7 @@
 """What runs inside Ray's actors: thin shells around Island and ModuleStore.
 
-Methods of the group `io` run in a thread of their own, so that checkpoints are written while the actor works on.
+Methods of the group `io` run in a thread of their own, so that checkpoints are written while the actor works on; so do
+those of `links`, which wait for other nodes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diloco import checkpoint as ckpt
 from diloco import workers
@@ -67,10 +69,15 @@ class WorkerShell:
         self._island = self._job.make_island(self._job.corpus(), world)
         return self._island.shapes()
 
+    @ray.method(concurrency_group="ping")
+    def node(self) -> str:
+        """The node that this actor runs on, told while it is still being built."""
+        return _node()
+
     def setup(self, modules: Modules) -> str:
         """Returns the node that this actor runs on."""
         self._island.setup(modules)
-        return str(ray.get_runtime_context().get_node_id())
+        return _node()
 
     def initial(self, groups: Sequence[Sequence[ModuleKey]], init_from: str) -> Any:
         """Version 0 of these modules, one list of snapshots for each group (a shard of the store)."""
@@ -154,6 +161,11 @@ class ShardShell:
         """What a checkpoint holds of these modules."""
         self._store.load_state(ckpt.read_modules(checkpoint, keys))
 
+    @ray.method(concurrency_group="links")
+    def fetch(self, refs: Sequence[Any]) -> None:
+        """Bring these objects to this node; in a thread of its own, so that nothing else waits for a slow link."""
+        ray.wait(list(refs), num_returns=len(refs))
+
     def push(self, contributions: list[Contribution]) -> list[Verdict]:
         """Judge and keep."""
         return [self._store.push(contribution) for contribution in contributions]
@@ -184,6 +196,10 @@ class ShardShell:
         return self._store.outer_digests()
 
 
+def _node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def _host() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
@@ -196,9 +212,10 @@ def _prepare(job: Job) -> None:
 
 _actor: Any = ray.remote  # Ray's types know nothing of concurrency groups
 WorkerActor: Any = _actor(concurrency_groups={"io": 1, "ping": 1})(WorkerShell)
-_ShardActor: Any = _actor(concurrency_groups={"io": 1})(ShardShell)
+_ShardActor: Any = _actor(concurrency_groups={"io": 1, "links": 1})(ShardShell)
 
 
-def spawn_shard(job: Job) -> Any:
-    """A handle of a new shard of the store."""
-    return _ShardActor.options(num_cpus=0, scheduling_strategy="SPREAD").remote(job)
+def spawn_shard(job: Job, node: str) -> Any:
+    """A handle of a new shard of the store, on that node."""
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)  # soft, an actor without CPUs lands anywhere
+    return _ShardActor.options(num_cpus=0, scheduling_strategy=strategy).remote(job)

@@ -34,8 +34,9 @@ from diloco.events import (
 from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SlotName, SourceId, Task, Turn
 from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, placed
 from diloco.runtime.ray_actors import spawn_shard
-from diloco.runtime.ray_island import RayIsland
+from diloco.runtime.ray_island import RayIsland, shard_nodes
 from diloco.runtime.ray_refs import Pending, Ref, cause, died, get, get_all, mistake, raise_errors, short
+from diloco.runtime.ray_ring import Pusher
 from diloco.runtime.ray_save import Saver
 from diloco.runtime.ray_start import connect, disconnect
 
@@ -85,7 +86,9 @@ class RayBackend(Backend):
         """Starts all actors at once, so that their imports overlap; waits for the evaluator."""
         for index in [EVALUATOR, *range(self._job.islands)]:
             self._islands[IslandId(index)] = RayIsland(self._job, IslandId(index))
-        self._shards = [spawn_shard(self._job) for _ in range(self._job.shards)]
+        self._shard_nodes = shard_nodes(self._islands, self._job.shards)
+        self._shards = [spawn_shard(self._job, node) for node in self._shard_nodes]
+        self._pusher = Pusher(self._pending, self._shard_nodes)
         return dict(get(self._islands[EVALUATOR].built[0]))
 
     def setup(self, modules: Modules) -> None:
@@ -246,7 +249,8 @@ class RayBackend(Backend):
                 )
 
         sent = self._sent.pop(task.turn)
-        self._pending.add([self._shards[shard].push.remote(ref) for shard, ref in sent], done)
+        parts = [(self._shards[shard], self._shard_nodes[shard], ref) for shard, ref in sent]
+        self._pusher.push(parts, self._nodes[task.island], done)
 
     def _on_measured(self, answers: list[Any], error: RayError | None) -> None:
         raise_errors(answers, error)

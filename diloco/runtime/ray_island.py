@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, SlotName, SourceId, Task
 from diloco.runtime.base import Job
 from diloco.runtime.ray_actors import WorkerActor
-from diloco.runtime.ray_refs import Ref, died
+from diloco.runtime.ray_refs import Ref, died, get, get_all
 
 PING_S = 10.0  # how long a worker may take to say that it lives
 
@@ -27,7 +27,8 @@ class RayIsland:
         needs = {"CPU": float(job.threads_per_worker), "GPU": job.gpus_per_worker}
         if island == EVALUATOR:  # exports to the run's directory, so it lives where the driver does
             needs = {"CPU": 0.0, "GPU": 0.0}
-            strategies: list[Any] = [NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)]
+            here = ray.get_runtime_context().get_node_id()
+            strategies: list[Any] = [NodeAffinitySchedulingStrategy(here, soft=False)]
         elif size == 1:
             strategies = ["SPREAD"]
         else:  # on one node if one has room, since workers talk on every step
@@ -42,6 +43,10 @@ class RayIsland:
         ]
         meeting = self._workers[0].meet.remote() if size > 1 else ""
         self.built: list[Ref] = [worker.build.remote(meeting) for worker in self._workers]
+
+    def node(self) -> Ref:
+        """That of the worker that sends."""
+        return self._workers[0].node.remote()
 
     def setup(self, modules: Modules) -> list[Ref]:
         """The first answers with the node of the worker that sends."""
@@ -100,3 +105,13 @@ class RayIsland:
             ray.kill(worker)
         if self._group is not None:
             remove_placement_group(self._group)
+
+
+def shard_nodes(islands: Mapping[IslandId, RayIsland], shards: int) -> list[str]:
+    """Where each shard of the store belongs: next to the islands, so that all links carry the same, or here."""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if len(nodes) > 1:
+        refs = {island: handle.node() for island, handle in islands.items() if island != EVALUATOR}
+        get_all({f"island {island}": [ref] for island, ref in refs.items()})
+        nodes = list(dict.fromkeys(get(list(refs.values()))))
+    return [nodes[index % len(nodes)] for index in range(shards)]

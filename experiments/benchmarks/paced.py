@@ -18,7 +18,7 @@ from diloco.workload import Batch, Corpus, Workload
 from diloco.workloads.causal_lm import CausalLM
 from experiments.benchmarks.pace import Pace
 
-TENSORS = 16
+TENSORS = 24  # so that 2, 3, 4, 6, 8 or 12 shards hold the same number of bytes
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from experiments.benchmarks import wan
 from experiments.benchmarks.pace import Pace
 from experiments.benchmarks.paced import Block
 
@@ -38,6 +39,8 @@ def main() -> None:
         options.add_argument(name, type=int, required=True)
     options.add_argument("--rest-s", type=float, required=True)
     options.add_argument("--folder", required=True)
+    options.add_argument("--namespaces", nargs="*", help="one for each replica; start this in the first")
+    options.add_argument("--addresses", nargs="*", help="those of the replicas there")
     options.add_argument("--replica", type=int)
     given = options.parse_args()
     if given.replica is None:
@@ -47,23 +50,24 @@ def main() -> None:
 
 
 def _start(given: argparse.Namespace) -> int:
-    port = _free_port()
+    addresses = given.addresses or ["127.0.0.1"] * given.replicas
+    lighthouse_at = f"{addresses[0]}:{_free_port()}"
     lighthouse = subprocess.Popen(
         [str(Path(sys.executable).with_name("torchft_lighthouse")), "--min_replicas", str(given.replicas)]
-        + ["--bind", f"127.0.0.1:{port}", "--join_timeout_ms", "1000"]
+        + ["--bind", lighthouse_at, "--join_timeout_ms", "1000"]
     )
     environment = {
         **os.environ,
-        "TORCHFT_LIGHTHOUSE": f"http://127.0.0.1:{port}",
-        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHFT_LIGHTHOUSE": f"http://{lighthouse_at}",
+        "GLOO_SOCKET_IFNAME": wan.DEVICE if given.namespaces else "lo",
         "RANK": "0",
         "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
     }
+    command = [sys.executable, "-m", "experiments.benchmarks.peers", *sys.argv[1:], "--replica"]
     replicas = [
         subprocess.Popen(
-            [sys.executable, "-m", "experiments.benchmarks.peers", *sys.argv[1:], "--replica", str(index)],
-            env={**environment, "MASTER_PORT": str(_free_port())},
+            (["ip", "netns", "exec", given.namespaces[index]] if given.namespaces else []) + [*command, str(index)],
+            env={**environment, "MASTER_ADDR": addresses[index]},
         )
         for index in range(given.replicas)
     ]
@@ -84,8 +88,10 @@ def _replica(given: argparse.Namespace) -> None:
     inner = torch.optim.SGD(model.parameters(), lr=1e-3)
     outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
     # The manager looks for its store where the environment says.
+    address, port = os.environ["MASTER_ADDR"], _free_port()
+    os.environ["MASTER_PORT"] = str(port)
     store = distributed.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False
+        address, port, is_master=True, wait_for_workers=False
     )
     limit = timedelta(seconds=LIMIT_S)
     state: dict[str, Any] = {}
@@ -97,7 +103,7 @@ def _replica(given: argparse.Namespace) -> None:
         load_state_dict=lambda loaded: None,
         state_dict=lambda: state,
         timeout=limit,
-        hostname="127.0.0.1",
+        hostname=address,
         init_sync=False,
         checkpoint_transport=HTTPTransport(timeout=limit, num_chunks=0),
     )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.benchmarks import codec, coordinator, inner_loop, memory, outer_round, peers, plan
+from experiments.benchmarks import codec, coordinator, inner_loop, memory, outer_round, peers, plan, wan
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = {
@@ -105,6 +105,62 @@ def test_outer_round_alone(tmp_path: Path) -> None:
 def test_outer_round(tmp_path: Path) -> None:
     found = figures("outer_round", folder=tmp_path)
     assert found["ratio"] == found["islands"]["2"]["ratio"] > 0
+
+
+def lacking() -> str:
+    """What hosts on rate-limited links want and this machine has not."""
+    try:
+        with wan.hosts(1, rate_bit_s=10**9):
+            return ""
+    except ValueError as error:
+        return str(error)
+
+
+@starts_ray
+def test_outer_round_over_links(tmp_path: Path) -> None:
+    if why := lacking():
+        pytest.skip(why)
+    codec = ("--codec", "bfloat16")
+    found = figures("outer_round", "--alone", "--wan", "100mbit", "--hosts", "2", *codec, folder=tmp_path)
+    assert 80 < found["line_mbit"] < 100
+    assert found["bytes_down"] == pytest.approx(4e5, rel=0.01)
+    assert found["bytes_up"] == pytest.approx(2e5, rel=0.01)
+    assert found["ratio_to_bound"] == pytest.approx(found["ours_s"] / found["bound_s"], rel=1e-4)
+    assert found["ratio_to_bound"] > 1
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert not [line for line in left.splitlines() if line.startswith("wan") and not alive(line)]
+
+
+def alive(line: str) -> bool:
+    """Whether the process that made a namespace of this name is still there."""
+    return Path(f"/proc/{line.removeprefix('wan').partition('-')[0]}").exists()
+
+
+def test_the_bound_of_an_outer_round() -> None:
+    """2N(1 - 1/R)/W: 120 MB each way, three hosts, 192 Mbit/s; with a lone host nothing crosses a link."""
+    bound = outer_round.bound_s
+    assert bound(2 * 120e6, hosts=3, line_mbit=192.0) == pytest.approx(2 * 960 * (2 / 3) / 192)
+    assert bound(120e6 + 15e6, hosts=2, line_mbit=100.0) == pytest.approx((960 + 120) / 2 / 100)
+    assert bound(120e6, hosts=1, line_mbit=100.0) == 0
+
+
+def test_rates() -> None:
+    assert wan.bits_per_s("200mbit") == 200_000_000
+    assert wan.bits_per_s("1.5gbit") == 1_500_000_000
+    for wrong in ("200", "fast", "200 mbit", "1kbit", "-1mbit", "99gbit"):
+        with pytest.raises(ValueError, match="8kbit and 32gbit"):
+            wan.bits_per_s(wrong)
+
+
+def test_what_hosts_want_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("outer_round", "--quick", "--alone", "--wan")
+    assert "is not a number" in refused(capsys, *options, "fast")
+    assert "at least 2" in refused(capsys, *options, "1gbit", "--hosts", "1")
+    monkeypatch.setattr(wan.shutil, "which", lambda name: None)
+    assert "apt-get install iperf3 iproute2" in refused(capsys, *options, "1gbit")
+    monkeypatch.setattr(wan.shutil, "which", lambda name: name)
+    monkeypatch.setattr(wan.os, "geteuid", lambda: 1000)
+    assert "needs root" in refused(capsys, *options, "1gbit")
 
 
 def refused(capsys: pytest.CaptureFixture[str], name: str, *options: str) -> str:

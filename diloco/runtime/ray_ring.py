@@ -1,0 +1,128 @@
+"""The order in which contributions go from node to node, where links are slow.
+
+Ray would fetch all at once, and several streams on one link get in each other's way: each takes longer, and links lie
+idle at the end. In ring order every link carries one object at a time, and all of them are busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ray.exceptions import RayError
+
+from diloco.runtime.ray_refs import Pending, Ref, Then
+
+QUEUED = (
+    2  # transfers that a node is told of at once: that under way and the next, so that it never waits for the driver
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Transfer:
+    """Something that lies on one node and goes to another."""
+
+    sender: str
+    receiver: str
+    begin: Callable[[], None]
+
+
+class Ring:
+    """Decides which transfer is next: out of each node one at a time, and into each one at a time."""
+
+    def __init__(self, nodes: Sequence[str]) -> None:
+        self._places = {node: place for place, node in enumerate(dict.fromkeys(nodes))}
+        self._waiting: list[Transfer] = []
+        self._given: dict[str, list[Transfer]] = {}  # by receiver; the first is under way
+
+    def add(self, transfer: Transfer) -> None:
+        """It is to be begun at some time."""
+        for node in (transfer.sender, transfer.receiver):
+            self._places.setdefault(node, len(self._places))
+            self._given.setdefault(node, [])
+        self._waiting.append(transfer)
+
+    def end(self, transfer: Transfer) -> None:
+        """It has come to its end, in whatever way."""
+        self._given[transfer.receiver].remove(transfer)
+
+    def take(self) -> list[Transfer]:
+        """Those to be begun now, each told once.
+
+        An idle node takes whatever it can. A busy one is told of its next where that follows on the ring: what else
+        is there may be overtaken by what is ready in a moment.
+        """
+        taken = []
+        for turn in range(QUEUED):
+            busy = {given[turn].sender for given in self._given.values() if len(given) > turn}
+            for transfer in sorted(self._waiting, key=self._distance):
+                given = self._given[transfer.receiver]
+                follows = not given or self._distance(transfer) - self._distance(given[-1]) in (0, 1)
+                if len(given) == turn and follows and transfer.sender not in busy:
+                    given.append(transfer)
+                    busy.add(transfer.sender)
+                    taken.append(transfer)
+                    self._waiting.remove(transfer)
+        return taken
+
+    def _distance(self, transfer: Transfer) -> int:
+        """In turn k a node takes from the k-th after it."""
+        return (self._places[transfer.sender] - self._places[transfer.receiver]) % len(self._places)
+
+
+class Pusher:
+    """Hands contributions to the shards of the store, those from other nodes in ring order."""
+
+    def __init__(self, pending: Pending, nodes: Sequence[str]) -> None:
+        """`nodes` of the shards, in their order."""
+        self._pending, self._ring = pending, Ring(nodes)
+
+    def push(self, parts: Sequence[tuple[Any, str, Ref]], sender: str, then: Then) -> None:
+        """Each part: a shard, its node, and the contributions to it, which lie on node `sender`.
+
+        When all are judged, `then(answers, None)` in the order of the parts, or `then([], error)` with a failure.
+        """
+        answers: dict[int, Any] = {}
+        errors: list[RayError] = []
+        assert parts
+
+        def judged(index: int, found: list[Any], error: RayError | None) -> None:
+            if error is None:
+                answers[index] = found[0]
+            else:
+                errors.append(error)
+            if errors and len(answers) + len(errors) == len(parts):
+                then([], errors[0])
+            elif len(answers) == len(parts):
+                then([answers[index] for index in range(len(parts))], None)
+
+        for index, (shard, receiver, ref) in enumerate(parts):
+            self._add(shard, ref, sender=sender, receiver=receiver, judged=partial(judged, index))
+        self._begin()
+
+    def _add(self, shard: Any, ref: Ref, *, sender: str, receiver: str, judged: Then) -> None:
+        def fetched(answers: list[Any], error: RayError | None) -> None:
+            self._ring.end(transfer)
+            self._begin()
+            if error is None:
+                push()
+            else:
+                judged([], error)
+
+        def push() -> None:
+            self._pending.add([shard.push.remote(ref)], judged)
+
+        def fetch() -> None:
+            self._pending.add([shard.fetch.remote([ref])], fetched)  # nested, or Ray would fetch it before its turn
+
+        transfer = Transfer(sender=sender, receiver=receiver, begin=fetch)
+        if sender == receiver:
+            push()
+        else:
+            self._ring.add(transfer)
+
+    def _begin(self) -> None:
+        for transfer in self._ring.take():
+            transfer.begin()
