@@ -170,7 +170,7 @@ class Plan:
             step = index * self.inner_steps // len(self.fragments)
             sends.setdefault(step, []).append(Transfer(gigabits=gigabits, ready_s=step_s, needed_s=0.0))
         taken_s = round_s(sends, gbits=gbits, step_s=step_s, inner_steps=self.inner_steps, lag=self.lag)
-        return max(0.0, taken_s - work_s)
+        return taken_s - work_s if taken_s > work_s * (1 + CLOSE) else 0.0
 
     def utilization_at(self, *, gbits: float, step_s: float) -> float:
         """Share of a round that is spent in inner steps."""

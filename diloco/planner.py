@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from diloco import config as configuration
-from diloco.codec import Codec
+from diloco.codec import Int4, Int8
 from diloco.config import RunConfig
 from diloco.display import format_bytes, format_count
 from diloco.messages import Modules, Shape
@@ -18,7 +18,7 @@ from diloco.schedule import Barrier, Schedule
 UTILIZATIONS = (0.5, 0.8, 0.9, 0.95, 0.99)  # for which the bandwidth is told
 LEAST_UTILIZATION = 0.8  # below it, what would mend it is told
 USUAL_STEP_S = 0.1  # of the example in a run's first lines
-NARROWER = ("bfloat16", "int8", "int4")  # codecs to propose, where there are such
+NARROWER = (Int8(), Int4())  # codecs to propose
 MOST_INNER_STEPS = 100_000  # to propose
 
 
@@ -108,8 +108,8 @@ def warning(plan: Plan) -> str:
 def mends(plan: Plan) -> list[str]:
     """Settings that let a plan with a known link wait less, with the utilisation that each reaches alone."""
     found = [f"{text} ({_percent(_utilization(changed))})" for text, changed in _changes(plan)]
-    if not plan.lag and "fragments" in configuration.choices("layout"):
-        found.append("layout=fragments with schedule.lag, which hides so many steps of each exchange")
+    if not plan.lag:
+        found.append("layout=fragments schedule.lag=5, which hides 5 steps of each fragment's exchange")
     return found
 
 
@@ -182,12 +182,13 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
     )
     if more is not None:
         found.append((f"inner_steps={more.inner_steps}", more))
-    for name in NARROWER:
-        if name in configuration.choices("codec"):
-            codec = configuration.part("codec", name)()
-            assert isinstance(codec, Codec)
-            if (bits := codec.parameter_bits()) < plan.bits_up:
-                found.append((f"codec={name}", replace(plan, bits_up=bits)))
+    for codec in NARROWER:
+        bits, name = codec.parameter_bits(), configuration.choice_of("codec", codec)
+        if bits < plan.bits_up:
+            found.append((f"codec={name}", replace(plan, bits_up=bits)))
+        if bits < min(plan.bits_up, plan.bits_down):
+            both = replace(plan, bits_up=bits, bits_down=bits)
+            found.append((f"codec={name} codec@codec_down={name}", both))
     return found
 
 

@@ -32,7 +32,7 @@ class CausalLM(Workload):
     """Train a causal language model on `data`; the loss is the mean cross-entropy of next tokens, in nats."""
 
     model: str = (
-        "tiny"  # a preset (micro, tiny, 60m, 150m, 400m, 1.3b): new weights; or a folder or hub id: its weights
+        "tiny"  # a preset (micro, tiny, 10m, 60m, 150m, 400m, 1.3b): new weights; or a folder or hub id: its weights
     )
     trust_remote_code: bool = False  # run Python code that comes with a pretrained model
 

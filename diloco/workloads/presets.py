@@ -48,6 +48,7 @@ class Preset:
 PRESETS = {
     "micro": Preset(layers=3, width=64, heads=4, head_size=16, vocab_size=257),  # 0.16 M: bytes and end-of-text
     "tiny": Preset(layers=4, width=128, heads=4, head_size=32, vocab_size=4096),  # 1.3 M
+    "10m": Preset(layers=12, width=256, heads=8, head_size=32, vocab_size=4096),  # 10.5 M
     "60m": Preset(layers=3, width=896, heads=16, head_size=64),
     "150m": Preset(layers=12, width=896, heads=16, head_size=64),
     "400m": Preset(layers=12, width=1536, heads=12, head_size=128),

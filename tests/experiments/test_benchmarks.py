@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.benchmarks import codec, coordinator, inner_loop, memory, outer_round, peers, plan, wan
+from experiments.benchmarks import codec, coordinator, inner_loop, memory, outer_round, peers, plan, slow_link, wan
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = {
@@ -201,3 +201,30 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         BENCHMARKS[name].main(["--help"])
     assert ended.value.code == 0
     assert "--quick" in capsys.readouterr().out
+
+
+# --- slow links ---
+
+
+def test_what_a_run_over_a_slow_link_came_to(tmp_path: Path) -> None:
+    """Two islands of two segments each: from the first step's beginning to the last outer step."""
+    told: list[dict[str, object]] = [
+        {"event": "segment", "time_s": end_s, "seconds": 2.0, "island": i, "step": step, "tokens": 50}
+        for i in (0, 1)
+        for step, end_s in ((5, 12.0 + i), (10, 16.0 + i))
+    ]
+    told += [{"event": "commit", "time_s": 18.0}, {"event": "evaluation", "time_s": 30.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in told))
+    (tmp_path / "summary.json").write_text(json.dumps({"bytes_sent": 1000, "val_loss": 2.5}))
+    one = slow_link.ran(tmp_path)
+    assert (one.steps, one.wall_s, one.inner_s, one.tokens) == (10, 18.0 - 10.0, 4.0, 200)
+    figures = one.figures(inner_s=one.inner_s, val_loss=one.val_loss)
+    assert (figures["utilization"], figures["tokens_per_s"], figures["bytes_sent_a_step"]) == (0.5, 25.0, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--rates", "fast"], "rate 'fast'"), (["--hosts", "1"], "--hosts=1 has no links")]
+)
+def test_slow_links_that_cannot_be_made(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert slow_link.main(options) == 2
+    assert message in capsys.readouterr().err

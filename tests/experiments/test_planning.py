@@ -67,7 +67,8 @@ def test_a_slow_link_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["+experiment=quickstart", "islands=4", "--step-s", "0.2", "--link"]
     assert main(["plan", *given, "1mbit"]) == 0
     said = capsys.readouterr().out
-    assert "warning: islands will train" in said and "inner_steps=" in said and "codec=bfloat16" in said
+    assert "warning: islands will train" in said and "inner_steps=" in said
+    assert "codec=int4 codec@codec_down=int4" in said and "layout=fragments schedule.lag=5" in said
     assert main(["plan", *given, "1gbit"]) == 0
     assert "warning" not in capsys.readouterr().out
 

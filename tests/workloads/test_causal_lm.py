@@ -85,7 +85,14 @@ def same(one: nn.Module, two: nn.Module) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "millions", "tolerance"),
-    [("tiny", 1.3, 0.02), ("60m", 60, 0.03), ("150m", 150, 0.01), ("400m", 400, 0.03), ("1.3b", 1300, 0.03)],
+    [
+        ("tiny", 1.3, 0.02),
+        ("10m", 10.5, 0.02),
+        ("60m", 60, 0.03),
+        ("150m", 150, 0.01),
+        ("400m", 400, 0.03),
+        ("1.3b", 1300, 0.03),
+    ],
 )
 def test_presets_have_the_size_of_their_name(name: str, millions: float, tolerance: float) -> None:
     with torch.device("meta"):
@@ -126,7 +133,7 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Monkey
             CausalLM(model=name).build_model(0)
         with pytest.raises(ValueError, match=message):
             CausalLM(model=name).corpus(Data(cache=str(tmp_path)), seed=0, shards=1)
-    with pytest.raises(ValueError, match="workload.model is empty: choose micro, tiny, 60m"):
+    with pytest.raises(ValueError, match="workload.model is empty: choose micro, tiny, 10m, 60m"):
         CausalLM(model="")
 
 
