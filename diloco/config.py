@@ -33,6 +33,7 @@ from diloco.replica import ReplicaKind
 from diloco.runtime.base import Runtime, Store
 from diloco.runtime.local import Local
 from diloco.runtime.ray_cluster import RayCluster
+from diloco.runtime.spmd import Spmd
 from diloco.schedule import Schedule
 from diloco.workload import Workload
 from diloco.workloads.causal_lm import CausalLM
@@ -231,7 +232,7 @@ def _register_own() -> None:
             "int4": codecs.Int4,
             "topk": codecs.TopK,
         },
-        "runtime": {"local": Local, "ray_cluster": RayCluster},
+        "runtime": {"local": Local, "ray_cluster": RayCluster, "spmd": Spmd},
     }
     for group, nodes in own.items():
         for name, node in nodes.items():

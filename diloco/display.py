@@ -71,10 +71,8 @@ class Display:
                 self._islands.setdefault(int(_amount(record, "island")), {})["event"] = event
                 reason = f": {record['message']}" if record.get("message") else ""
                 self._say(f"island {record.get('island')} {event}{reason}")
-            case "late":
-                self._say(f"{record.get('message')}")
-            case "warning":
-                self._say(f"warning: {record.get('message')}")
+            case "warning" | "late" as event:
+                self._say(f"{event}: {record.get('message')}")
             case "end":
                 for row in self._islands.values():
                     row["event"] = "lost" if row["event"] == "lost" else "end"

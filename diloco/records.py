@@ -93,7 +93,7 @@ def late(event: Received, round_: int) -> Log:
 
 def left_out(source: SourceId, left: int, round_: int) -> Log:
     """A round that ended without a source, since it had been waited for long enough."""
-    text = f"source {source} is late: round {left} went on without it"
+    text = f"round {left} went on without source {source}"
     return Log(record={"event": "late", "round": round_, "source": source, "of_round": left, "message": text})
 
 

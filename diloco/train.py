@@ -42,9 +42,14 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
     """Run `config` to its end, in `directory` (default: a new one below `runs/`).
 
     Returns also where the run stopped by its own rule or was interrupted; `summary["status"]` says which.
-    Raises ValueError for a mistake in the configuration or input, before anything is written.
+    Raises ValueError for a mistake in the configuration or input, before anything is written. Of the processes that a
+    launcher starts for runtime `spmd`, rank 0 drives the run and writes; the others follow it to the same result.
     """
     begun_s = time.monotonic()
+    config.runtime.suited(config.schedule)
+    told = config.runtime.follow(config.workers_by_island())
+    if told is not None:
+        return Result(summary=dict(told), directory=Path(told["run_directory"]))
     config.metrics.check()
     start = resume.resolve(config, directory)
     config = replace(
@@ -159,6 +164,7 @@ class _Session:
                 writer.write({"event": "sample", "round": self._view.round, "text": final.sample})
             writer.write({"event": "end", "round": self._view.round, "status": stop.status})
             _show(display, result, final)
+            self._backend.conclude(result.summary)
             return result
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -168,7 +174,8 @@ class _Session:
             writer.close()
 
     def _drive(self, writer: MetricsWriter, display: Display) -> tuple[Stop, Final]:
-        coordinator = Coordinator(schedule=self._config.schedule, run=self._view)
+        schedule = self._config.runtime.suited(self._config.schedule)
+        coordinator = Coordinator(schedule=schedule, run=self._view)
         for note in self._notes:
             writer.write({"event": "warning", "round": self._view.round, "message": note})
         defaults = configuration.defaults_of_changed(self._config)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import Store, TCPStore
 
 SIOCGIFADDR = 0x8915  # asks Linux for the address of a network interface
 
@@ -31,7 +31,7 @@ def meet(host: str) -> TCPStore:
     return TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
-def join(store: TCPStore | str, *, host: str, rank: int, size: int, device: torch.device, shared: bool) -> World:
+def join(store: Store | str, *, host: str, rank: int, size: int, device: torch.device, shared: bool) -> World:
     """Wait for the other workers. `store`: what `meet` gave, or its `host:port`; `host`: this worker's own address.
 
     NCCL on CUDA, but gloo where several workers are `shared` on one device, which NCCL refuses.

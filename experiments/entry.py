@@ -6,9 +6,11 @@ The libraries take seconds to import, so that happens inside the functions, wher
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from experiments.composition import Member
 
 FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
+SILENT_S = 10.0  # for a launcher to end this process, once rank 0 has said what is wrong
 STATUS = {"finished": FINISHED, "stopped": STOPPED, "interrupted": INTERRUPTED}
 
 
@@ -30,12 +33,21 @@ def main(argv: Sequence[str], *, program: str = "diloco train") -> int:
         try:
             return _carry_out(arguments, program)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            if speaks():
+                print("interrupted", file=sys.stderr)
             return INTERRUPTED
+
+
+def speaks() -> bool:
+    """Whether this process says what all know: of those that torchrun or the like starts, only rank 0 does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def tell(mistake: BaseException) -> int:
     """Print a mistake of the user's on stderr, in at most two lines. Returns the exit status for it."""
+    if not speaks():
+        time.sleep(SILENT_S)
+        return MISTAKE
     from experiments.mistakes import first_lines
 
     print(f"error: {first_lines(mistake)}", file=sys.stderr)
@@ -47,6 +59,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with status 2."""
+        if not speaks():
+            time.sleep(SILENT_S)
+            self.exit(MISTAKE)
         self.exit(MISTAKE, f"error: {message}; see {self.prog} --help\n")
 
 
@@ -81,6 +96,8 @@ def _carry_out(arguments: argparse.Namespace, program: str) -> int:
             return FINISHED
         several = composition.sweep(request) if arguments.multirun else composition.named(request)
         members = several or [composition.single(request)]
+        if several:
+            _refuse_launcher(several)
         if arguments.cfg:
             return _show(members, arguments)
     except Mistake as mistake:
@@ -92,9 +109,19 @@ def _carry_out(arguments: argparse.Namespace, program: str) -> int:
     return _run(members[0].config)
 
 
+def _refuse_launcher(members: Sequence[Member]) -> None:
+    from diloco.runtime.spmd import Spmd
+    from diloco.runtime.spmd_start import by_launcher
+    from experiments.mistakes import Mistake
+
+    if by_launcher() and any(isinstance(member.config.runtime, Spmd) for member in members):
+        raise Mistake("several runs need processes of their own each: start them without torchrun, or one by one")
+
+
 def _run(config: RunConfig) -> int:
     """One run, in a new directory below runs/ or in that of the run it goes on with."""
     from diloco import resume, rundir
+    from diloco.runtime.base import Abandoned
     from experiments.mistakes import Mistake
 
     directory = rundir.new_directory(config.name)
@@ -106,6 +133,10 @@ def _run(config: RunConfig) -> int:
         return STATUS[attempt(config, directory).summary["status"]]
     except Mistake as mistake:
         return tell(mistake)
+    except Abandoned as error:
+        if str(error):
+            print(f"error: {error}", file=sys.stderr)
+        return FAILED
 
 
 def attempt(config: RunConfig, directory: Path) -> Result:

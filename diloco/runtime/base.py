@@ -18,6 +18,7 @@ from diloco.merge import Merge
 from diloco.messages import ModuleKey, Modules, Shape, SourceId
 from diloco.outer import OuterOptimizer
 from diloco.replica import Ddp, Replica, ReplicaKind, Single
+from diloco.schedule import Schedule
 from diloco.store import ModuleStore
 from diloco.workers import World
 from diloco.workload import Corpus, Workload
@@ -112,6 +113,10 @@ class Final:
     sample: str
 
 
+class Abandoned(RuntimeError):
+    """The process that drives the run is gone, or gave it up and says why; this one has nothing to add but its text."""
+
+
 class Backend(ABC):
     """The processes of one run. Used in the order of the methods; `close` in any case."""
 
@@ -155,6 +160,10 @@ class Backend(ABC):
     def finish(self, folder: str | None, prompt: str) -> Final:
         """Install the global weights on the evaluator, digest them, and export to `folder` where one is given."""
 
+    def conclude(self, summary: Mapping[str, Any]) -> None:
+        """Tell processes that follow this one what the run came to; `close` is next."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """End all processes and free what they held. Never raises for what is already gone."""
@@ -163,6 +172,17 @@ class Backend(ABC):
 @dataclass(kw_only=True)
 class Runtime(ABC):
     """Where the parts of a run live; the Hydra group `runtime`."""
+
+    def suited(self, schedule: Schedule) -> Schedule:
+        """The schedule as it is to be followed here. Raises ValueError where it cannot be."""
+        return schedule
+
+    def follow(self, workers: tuple[int, ...]) -> Mapping[str, Any] | None:
+        """Where another process drives this run: work for it to its end, and return the summary; else None.
+
+        Raises Abandoned where that process came to no end.
+        """
+        return None
 
     @abstractmethod
     def open(self, job: Job) -> Backend:
