@@ -31,7 +31,7 @@ from diloco.events import (
 )
 from diloco.island import Island
 from diloco.messages import EVALUATOR, IslandId, Modules, Report, Shape, SourceId
-from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime
+from diloco.runtime.base import LOADED, Abandoned, Backend, Final, Job, Runtime
 from diloco.runtime.spmd_hub import Hub
 from diloco.runtime.spmd_member import Member
 from diloco.runtime.spmd_orders import Answer, Build, Command, Fill, Finish, Go, Hello, Load, Order, SetUp, Write
@@ -65,7 +65,10 @@ class Spmd(Runtime):
         place = launched(sum(workers))
         if place is None or place.rank == 0:
             return None
-        meeting, connection = call(place)
+        try:
+            meeting, connection = call(place)
+        except (dist.DistError, OSError, EOFError) as error:
+            raise Abandoned(f"rank 0 is gone, or was never there ({str(error).splitlines()[0]})") from error
         return serve(connection, meeting, place)
 
     def open(self, job: Job) -> Backend:

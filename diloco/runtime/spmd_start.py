@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import ipaddress
 import multiprocessing as mp
 import os
@@ -189,8 +190,15 @@ def call(place: Place) -> tuple[Meeting, Connection]:
 
 def _store(place: Place) -> tuple[Store, str]:
     """The launcher's store, and what the keys of this run begin with: a process may train several times."""
-    store, _, _ = next(rendezvous("env://", place.rank, place.size))
+    store = _common_store(place)
     return store, f"diloco-{store.add(f'diloco/{place.rank}', 1)}"
+
+
+@functools.cache
+def _common_store(place: Place) -> Store:
+    """Kept to the process's end: rank 0 may host it, and others may meet for the next run before it does."""
+    store: Store = next(rendezvous("env://", place.rank, place.size))[0]
+    return store
 
 
 def _own_address(connection: Connection) -> str:
