@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -152,12 +153,14 @@ class Ddp(Replica):
 
     def __init__(self, model: nn.Module, world: World) -> None:
         super().__init__(checked(model).to(device=world.device), world)
-        self._ddp = DistributedDataParallel(
-            self.model,
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
+        with warnings.catch_warnings():  # its new name would exchange buffers at the start
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            self._ddp = DistributedDataParallel(
+                self.model,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
         self.forward = self._ddp
 
     def spread(self, names: Sequence[str], values: Tensors) -> Tensors:

@@ -115,7 +115,6 @@ def told(directory: Path) -> list[tuple[Any, ...]]:
 
 # --- the same bits ---
 
-DDP_SAYS = "`broadcast_buffers` is deprecated"  # of what its new name does otherwise
 RANK = """
 import sys
 from pathlib import Path
@@ -148,8 +147,6 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 sys.executable,
                 "-W",
                 "error",
-                "-W",
-                f"ignore:{DDP_SAYS}:FutureWarning",
                 "-c",
                 RANK,
                 str(folder),
