@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -36,7 +37,7 @@ from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, placed
 from diloco.runtime.ray_actors import spawn_shard
 from diloco.runtime.ray_island import RayIsland, shard_nodes
 from diloco.runtime.ray_refs import Pending, Ref, cause, died, get, get_all, mistake, raise_errors, short
-from diloco.runtime.ray_ring import Pusher
+from diloco.runtime.ray_ring import Part, Pusher
 from diloco.runtime.ray_save import Saver
 from diloco.runtime.ray_start import connect, disconnect
 
@@ -189,21 +190,25 @@ class RayBackend(Backend):
 
     def _run(self, command: Run) -> None:
         task, wants = command.task, command.wants
-        shards = sorted({self._modules.shards[task.modules[slot]] for slot in task.send})
+        shards = {self._modules.shards[task.modules[slot]] for slot in task.send}
         by_shard: dict[int, dict[ModuleKey, int | None]] = {}
         for key, have in wants.items():
             by_shard.setdefault(self._modules.shards[key], {})[key] = have
         # Ring order: each island begins with another shard, so that no link carries all at once.
         order = sorted(by_shard, key=lambda shard: (shard - task.island - 1) % len(self._shards))
         snapshots = [self._pull(shard, by_shard[shard], self._nodes[task.island]) for shard in order]
-        groups = {n: [s for s in task.send if self._modules.shards[task.modules[s]] == n] for n in shards}
+        # Made in the order in which they are taken.
+        turns = sorted(shards, key=lambda shard: (task.island - 1 - shard) % len(self._shards))
+        groups = {n: [s for s in task.send if self._modules.shards[task.modules[s]] == n] for n in turns}
         self._submit(task, snapshots, groups, command.ahead)
 
     def _submit(self, task: Task, snapshots: list[Ref], groups: dict[int, list[SlotName]], ahead: bool) -> None:
         island = self._islands[task.island]
         reports, contributions = island.run(task, snapshots, list(groups.values()), ahead)
         if groups:
-            self._sent[task.turn] = list(zip(groups, contributions, strict=True))
+            sent = self._sent[task.turn] = list(zip(groups, contributions, strict=True))
+            offer = partial(self._pusher.offer, self._parts(sent), self._nodes[task.island])
+            self._pending.watch(contributions[0], offer)  # the links need not wait for the report
 
         def done(answers: list[Any], error: RayError | None) -> None:
             if error is not None and not island.broken(error):
@@ -249,8 +254,10 @@ class RayBackend(Backend):
                 )
 
         sent = self._sent.pop(task.turn)
-        parts = [(self._shards[shard], self._shard_nodes[shard], ref) for shard, ref in sent]
-        self._pusher.push(parts, self._nodes[task.island], done)
+        self._pusher.push(self._parts(sorted(sent, key=lambda part: part[0])), done)
+
+    def _parts(self, sent: list[tuple[int, Ref]]) -> list[Part]:
+        return [(self._shards[shard], self._shard_nodes[shard], ref) for shard, ref in sent]
 
     def _on_measured(self, answers: list[Any], error: RayError | None) -> None:
         raise_errors(answers, error)

@@ -32,6 +32,7 @@ class Pending:
 
     def __init__(self) -> None:
         self._gathers: dict[Ref, tuple[_Gather, int]] = {}
+        self._watched: dict[Ref, Callable[[], None]] = {}
 
     def add(self, refs: Sequence[Ref], then: Then, *, at_first_error: bool = False) -> None:
         """When all are answered, call `then(answers, None)`, or `then([], error)` with the first failure.
@@ -44,15 +45,22 @@ class Pending:
         for index, ref in enumerate(refs):
             self._gathers[ref] = (gather, index)
 
+    def watch(self, ref: Ref, then: Callable[[], None]) -> None:
+        """When it is answered, call `then()`. The answer itself stays where it is."""
+        self._watched[ref] = then
+
     def wait(self, timeout_s: float) -> bool:
         """Handle one answer. False where none came in time."""
-        refs = list(self._gathers)
+        refs = [*self._watched, *self._gathers]
         if not refs:
             time.sleep(timeout_s)
-        if not refs or not ray.wait(refs, num_returns=1, timeout=timeout_s)[0]:
+        if not refs or not ray.wait(refs, num_returns=1, timeout=timeout_s, fetch_local=False)[0]:
             return False
-        there = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+        there = set(ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0])
         first = next(ref for ref in refs if ref in there)  # in the order of asking; Ray tells of them in any
+        if first in self._watched:
+            self._watched.pop(first)()
+            return True
         gather, index = self._gathers.pop(first)
         try:
             gather.answers[index] = ray.get(first)
@@ -69,6 +77,7 @@ class Pending:
     def clear(self) -> None:
         """Forget all of them."""
         self._gathers.clear()
+        self._watched.clear()
 
 
 def get(refs: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from ray.exceptions import RayError
 
@@ -72,18 +72,26 @@ class Ring:
         return (self._places[transfer.sender] - self._places[transfer.receiver]) % len(self._places)
 
 
+Part: TypeAlias = tuple[Any, str, Ref]  # a shard of the store, its node, and contributions to it
+
+
 class Pusher:
     """Hands contributions to the shards of the store, those from other nodes in ring order."""
 
     def __init__(self, pending: Pending, nodes: Sequence[str]) -> None:
         """`nodes` of the shards, in their order."""
         self._pending, self._ring = pending, Ring(nodes)
+        self._coming: dict[Ref, list[Callable[[], None]]] = {}  # offered, not there yet -> what waits for it
 
-    def push(self, parts: Sequence[tuple[Any, str, Ref]], sender: str, then: Then) -> None:
-        """Each part: a shard, its node, and the contributions to it, which lie on node `sender`.
+    def offer(self, parts: Sequence[Part], sender: str) -> None:
+        """Begin to bring these from node `sender`, where at least the first is made, before they are judged."""
+        for part in parts:
+            if part[1] != sender:
+                self._add(part, sender)
+        self._begin()
 
-        When all are judged, `then(answers, None)` in the order of the parts, or `then([], error)` with a failure.
-        """
+    def push(self, parts: Sequence[Part], then: Then) -> None:
+        """Have them judged as they are there; `then` as for `Pending.add`, one answer for each part."""
         answers: dict[int, Any] = {}
         errors: list[RayError] = []
         assert parts
@@ -93,35 +101,35 @@ class Pusher:
                 answers[index] = found[0]
             else:
                 errors.append(error)
-            if errors and len(answers) + len(errors) == len(parts):
-                then([], errors[0])
-            elif len(answers) == len(parts):
-                then([answers[index] for index in range(len(parts))], None)
+            if len(answers) + len(errors) == len(parts):
+                in_order = [answers[index] for index in sorted(answers)]
+                then([] if errors else in_order, errors[0] if errors else None)
 
-        for index, (shard, receiver, ref) in enumerate(parts):
-            self._add(shard, ref, sender=sender, receiver=receiver, judged=partial(judged, index))
-        self._begin()
+        def judge(index: int, shard: Any, ref: Ref) -> None:
+            self._pending.add([shard.push.remote(ref)], partial(judged, index))
 
-    def _add(self, shard: Any, ref: Ref, *, sender: str, receiver: str, judged: Then) -> None:
-        def fetched(answers: list[Any], error: RayError | None) -> None:
-            self._ring.end(transfer)
-            self._begin()
-            if error is None:
-                push()
+        for index, (shard, _, ref) in enumerate(parts):
+            begin = partial(judge, index, shard, ref)
+            if ref in self._coming:
+                self._coming[ref].append(begin)
             else:
-                judged([], error)
+                begin()
 
-        def push() -> None:
-            self._pending.add([shard.push.remote(ref)], judged)
+    def _add(self, part: Part, sender: str) -> None:
+        shard, receiver, ref = part
 
         def fetch() -> None:
             self._pending.add([shard.fetch.remote([ref])], fetched)  # nested, or Ray would fetch it before its turn
 
+        def fetched(answers: list[Any], error: RayError | None) -> None:  # who pushes it will meet the error too
+            self._ring.end(transfer)
+            self._begin()
+            for begin in self._coming.pop(ref):
+                begin()
+
         transfer = Transfer(sender=sender, receiver=receiver, begin=fetch)
-        if sender == receiver:
-            push()
-        else:
-            self._ring.add(transfer)
+        self._coming[ref] = []
+        self._ring.add(transfer)
 
     def _begin(self) -> None:
         for transfer in self._ring.take():
