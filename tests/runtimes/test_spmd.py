@@ -279,7 +279,7 @@ class Failing(Constant):
         return {"gradient": torch.ones(1)}
 
 
-register(group="workload", name="failing", node=Failing)
+register(group="workload", name="failing_at_once", node=Failing)
 
 
 def test_what_an_island_raises_is_told_with_its_name(runs: Path) -> None:
