@@ -22,6 +22,7 @@ from diloco.messages import (
 )
 from diloco.progress import SourceView
 
+REMEMBERED_TURNS = 1000  # of the last so many is known when they were opened
 OBSERVED_ARRIVALS = 16  # of a source: of the last so many is known how long they took
 
 
@@ -182,6 +183,8 @@ class RunView:
             alike.setdefault((self.modules[key].round, tuple(self._paths_through[key])), []).append(key)
         for (round_, paths), group in alike.items():
             self.opened_s.setdefault((round_, self.fragment_of(group[0])), now_s)
+            if len(self.opened_s) > REMEMBERED_TURNS:
+                del self.opened_s[next(iter(self.opened_s))]  # the oldest
             if round_ == self.rounds:
                 continue
             there = [island.source for path in paths for island in self._islands_on[path] if island.alive]

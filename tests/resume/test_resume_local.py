@@ -197,17 +197,22 @@ def test_stopped_at_a_round_equals_never_stopped(
     assert_same(resumed(runs / "run", kind), whole(kind))
 
 
-@pytest.mark.parametrize("event", DEATHS)
-def test_died_at_any_moment_equals_never_stopped(runs: Path, whole: Callable[[str], Result], event: int) -> None:
-    expected = whole("adamw with dropout")
+@pytest.mark.parametrize(
+    ("kind", "event"),
+    [*(("adamw with dropout", e) for e in DEATHS), *(("streaming with a long lag", e) for e in (21, 30, 38, 47, 55))],
+)
+def test_died_at_any_moment_equals_never_stopped(
+    runs: Path, whole: Callable[[str], Result], kind: str, event: int
+) -> None:
+    expected = whole(kind)
     with at_event(event, die), pytest.raises(Broken):
-        launch(runs / "run", **{**BASE, **ADAMW})
+        launch(runs / "run", **{**BASE, **KINDS[kind]})
     assert json.loads((runs / "run" / "summary.json").read_text())["status"] == "failed"
     if not CheckpointFolder(str(runs / "run" / "checkpoints")).names():
         with pytest.raises(ValueError, match="no complete checkpoint"):
-            resumed(runs / "run", "adamw with dropout")
+            resumed(runs / "run", kind)
         return
-    assert_same(resumed(runs / "run", "adamw with dropout"), expected)
+    assert_same(resumed(runs / "run", kind), expected)
 
 
 def test_the_moments_tried_go_over_the_whole_run(runs: Path) -> None:
