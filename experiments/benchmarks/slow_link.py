@@ -127,6 +127,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--rounds", type=common.positive, default=3, help="outer rounds (3)")
     options.add_argument("--inner-steps", type=common.positive, default=30, help="of a round (30)")
     options.add_argument("--model", default="10m", help="workload.model (10m)")
+    options.add_argument("--alone", action="store_true", help=f"{CODED} only, to look at it")
     given = options.parse_args(argv)
     if given.quick:
         given.rates, given.rounds, given.inner_steps, given.model = "200mbit", 1, 12, "tiny"
@@ -150,7 +151,7 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
                 found[rate] = {"line_mbit": common.rounded(statistics.median(wan.line_mbit(made)))}
                 parallel = _on(rate, given, lab, parallel, found[rate])
     slowest = found[rates[-1]]
-    return {
+    figures = {
         "benchmark": "slow_link",
         "model": given.model,
         "hosts": given.hosts,
@@ -159,12 +160,14 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
         "rates": found,
         "slowest": rates[-1],
         "utilization": slowest[CODED]["utilization"],
-        "utilization_data_parallel": slowest[PARALLEL]["utilization"],
-        "ratio": common.rounded(slowest[CODED]["tokens_per_s"] / slowest[PARALLEL]["tokens_per_s"]),
     }
+    if not given.alone:
+        figures["utilization_data_parallel"] = slowest[PARALLEL]["utilization"]
+        figures["ratio"] = common.rounded(slowest[CODED]["tokens_per_s"] / slowest[PARALLEL]["tokens_per_s"])
+    return figures
 
 
-def _on(rate: str, given: argparse.Namespace, lab: Lab, parallel: Ran | None, figures: dict[str, Any]) -> Ran:
+def _on(rate: str, given: argparse.Namespace, lab: Lab, parallel: Ran | None, figures: dict[str, Any]) -> Ran | None:
     """All methods on one rate, written to `figures`. `parallel`: data parallel's whole run, which is returned."""
     alike = {
         "outer.momentum": 0.5,
@@ -173,7 +176,13 @@ def _on(rate: str, given: argparse.Namespace, lab: Lab, parallel: Ran | None, fi
         "rounds": given.rounds,
         "data.batch": BATCH,
     }
-    done = {name: lab.run({**alike, **settings}) for name, settings in METHODS.items()}
+    chosen = {CODED: METHODS[CODED]} if given.alone else METHODS
+    done = {name: lab.run({**alike, **settings}) for name, settings in chosen.items()}
+    for name, one in done.items():
+        figures[name] = one.figures(inner_s=one.inner_s, val_loss=one.val_loss)
+        _tell(rate, name, figures[name])
+    if given.alone:
+        return None
     step_s = done[DILOCO].inner_s / done[DILOCO].steps
     steps = given.inner_steps * given.rounds
     if parallel is not None:  # steps that last SHORT_S in all, as far as one can tell from a faster link
@@ -181,16 +190,16 @@ def _on(rate: str, given: argparse.Namespace, lab: Lab, parallel: Ran | None, fi
     joint = {"islands": 1, "workers": given.hosts, "data.batch": BATCH * given.hosts, "outer": "sgd"}
     short = lab.run({**joint, "inner_steps": steps, "rounds": 1})
     parallel = parallel or short
-    for name, one in done.items():
-        figures[name] = one.figures(inner_s=one.inner_s, val_loss=one.val_loss)
     figures[PARALLEL] = short.figures(inner_s=step_s * short.steps, val_loss=parallel.val_loss)
-    for name in (PARALLEL, *METHODS):
-        told = figures[name]
-        common.show(
-            f"{rate}, {name}: {told['tokens_per_s']:.0f} tokens/s, {100 * told['utilization']:.1f} % in steps,"
-            f" {told['bytes_sent_a_step'] / 1e6:.3f} MB a step, loss {told['val_loss']:.3f}"
-        )
+    _tell(rate, PARALLEL, figures[PARALLEL])
     return parallel
+
+
+def _tell(rate: str, name: str, told: dict[str, float]) -> None:
+    common.show(
+        f"{rate}, {name}: {told['tokens_per_s']:.0f} tokens/s, {100 * told['utilization']:.1f} % in steps,"
+        f" {told['bytes_sent_a_step'] / 1e6:.3f} MB a step, loss {told['val_loss']:.3f}"
+    )
 
 
 def _slow_step_s(given: argparse.Namespace, parallel: Ran, line_mbit: float) -> float:
