@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from diloco.data import ShardSplit
 from diloco.merge import MeanBy
-from experiments.benchmarks.lab import Method, Order, arguments, conclude
+from experiments.benchmarks.lab import Method, Order, arguments, conclude, table
 
 BASE = "4 islands"
 # A perplexity is exp(loss), so a relative cost of 2.1 % (arXiv:2311.08105, section 3.4) is this many nats a byte.
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit status."""
     lab, seeds = arguments("DiLoCo's ablations on a small model.", argv)
     losses = {name: [lab.loss(name, method, seed) for seed in seeds] for name, method in METHODS.items()}
-    conclude(lab, benchmark="ablations", seeds=seeds, losses=losses, against=BASE, orders=ORDERS, search={})
+    text = table(losses, against=BASE)
+    conclude(lab, benchmark="ablations", seeds=seeds, losses=losses, text=text, orders=ORDERS, more={})
     return 0
 
 

@@ -16,12 +16,13 @@ import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diloco import RunConfig, config, rundir, train
 from diloco.checkpoint import Checkpoint
+from diloco.codec import Codec, Float32
 from diloco.data import Data, ShardSplit
 from diloco.inner import AdamW, RateSchedule
 from diloco.merge import Mean, MeanBy
@@ -71,6 +72,8 @@ class Method:
     drop_probability: float = 0.0
     split: ShardSplit = ShardSplit.iid
     by: MeanBy = MeanBy.uniform
+    codec: Codec = field(default_factory=Float32)
+    codec_down: Codec = field(default_factory=Float32)
 
 
 class Lab:
@@ -78,15 +81,17 @@ class Lab:
 
     def __init__(self, folder: Path, scale: Scale) -> None:
         self.folder, self.scale = folder.absolute(), scale
-        self.rows: list[dict[str, object]] = []  # of metrics.csv: each run that was asked for
+        self.rows: list[dict[str, Any]] = []  # of metrics.csv: each run that was asked for
 
     def loss(self, label: str, method: Method, seed: int) -> float:
         """Validation loss in nats a byte after training `method`; infinite where it diverged."""
         summary = self._summary(self.config(method, seed, init_from=str(self._pretrained(seed))))
         loss = float("inf") if summary["val_loss"] is None else float(summary["val_loss"])
-        kept = ("islands", "inner_steps", "rounds", "tokens", "bytes_up", "bytes_down", "wall_s", "weights_sha256")
+        sent = ("bytes_up", "bytes_down", "bytes_data_parallel")
+        kept = ("islands", "inner_steps", "rounds", "tokens", *sent, "wall_s", "weights_sha256")
         row = {"label": label, "seed": seed, "initial_val_loss": summary["initial_val_loss"], "val_loss": loss}
-        settings = {"outer_lr": method.outer_lr, "momentum": method.momentum, "lr": method.lr}
+        settings: dict[str, Any] = {"outer_lr": method.outer_lr, "momentum": method.momentum, "lr": method.lr}
+        settings |= {"codec": str(method.codec), "codec_down": str(method.codec_down)}
         self.rows.append({**row, **settings, **{key: summary[key] for key in kept}})
         print(f"  seed {seed}  {label:44} {loss:.4f}  ({summary['wall_s']:.0f} s)", flush=True)
         return loss
@@ -120,6 +125,8 @@ class Lab:
             schedule=Barrier(drop_probability=method.drop_probability),
             merge=Mean(by=method.by),
             outer=_outer(method),
+            codec=method.codec,
+            codec_down=method.codec_down,
             store=Store(shards=1),
             runtime=Local(),
             checkpoint=Checkpoint(every=0),
@@ -214,11 +221,11 @@ def conclude(
     benchmark: str,
     seeds: Sequence[int],
     losses: Mapping[str, Sequence[float]],
-    against: str,
+    text: str,
     orders: Mapping[str, Order],
-    search: Mapping[str, Mapping[str, float]],
+    more: Mapping[str, object],
 ) -> None:
-    """Print table and orders and, as the last line, one JSON object.
+    """Print the table `text`, the orders and, as the last line, one JSON object, with the figures in `more`.
 
     What a record needs goes to `<folder>/<benchmark>`.
     """
@@ -231,10 +238,9 @@ def conclude(
         "losses": {name: [round(loss, 5) for loss in found] for name, found in losses.items()},
         "mean": {name: round(statistics.fmean(found), 5) for name, found in losses.items()},
         "sd": {name: round(_sd(found), 5) for name, found in losses.items()},
-        "search": search,
+        **more,
         "orders": judged,
     }
-    text = table(losses, against=against)
     record = lab.folder / benchmark
     record.mkdir(parents=True, exist_ok=True)
     (record / "table.md").write_text(text + "\n")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from experiments.benchmarks.lab import FULL, Lab, Method, Order, arguments, conclude
+from experiments.benchmarks.lab import FULL, Lab, Method, Order, arguments, conclude, table
 
 ISLANDS = 4
 SEARCH_SEED = 0
@@ -71,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tried: dict[str, dict[str, float]] = {}
     compared = methods(lab, tried)
     losses = {name: [lab.loss(name, method, seed) for seed in seeds] for name, method in compared.items()}
-    conclude(lab, benchmark="learning", seeds=seeds, losses=losses, against=ONE, orders=ORDERS, search=tried)
+    text = table(losses, against=ONE)
+    more = {"search": tried}
+    conclude(lab, benchmark="learning", seeds=seeds, losses=losses, text=text, orders=ORDERS, more=more)
     return 0
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from experiments.benchmarks import ablations, lab, learning
+from experiments.benchmarks import ablations, compression, lab, learning
 from experiments.benchmarks.lab import Order
 
 
@@ -33,6 +34,21 @@ def test_both_print_their_figures_and_share_what_was_trained(
     assert set(last_line(capsys)["orders"]) == set(ablations.ORDERS)  # type: ignore[call-overload]
     more = {path.name for path in tmp_path.glob("seed*")} - before
     assert len(more) == len(ablations.METHODS) - 1  # one worker was there
+
+
+def test_compression_counts_bytes_and_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compression.main(["--quick", "--to", str(tmp_path)]) == 0
+    result = last_line(capsys)
+    methods: dict[str, Any] = result["methods"]  # type: ignore[assignment]
+    assert set(methods) == {*compression.METHODS, *compression.FAR_METHODS}
+    for found in methods.values():
+        assert found["difference"] == pytest.approx([found["loss"][0] - methods[found["against"]]["loss"][0]], abs=2e-5)
+        assert found["bytes_ratio_without_first"] > found["bytes_ratio"] > 1
+    base, both = methods["float32"], methods["int4 both ways"]
+    assert base["bytes_down"] == 8 * base["bytes_first"]
+    sent = both["bytes_up"] + both["bytes_down"] - both["bytes_first"]  # of one first download and 7 coded ones
+    assert sent == pytest.approx((8 + 7) * base["bytes_first"] * 4.125 / 32, rel=0.02)
+    assert len(result["wanted"]) == 6  # type: ignore[arg-type]
 
 
 def test_an_order_holds_only_where_it_does_in_every_seed() -> None:
