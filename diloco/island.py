@@ -119,9 +119,8 @@ class Island:
         if task.fresh:  # moments that met a number that is not finite never recover
             self._start_fresh(task.first_step)
         self._feedback.settle(task.settled)
-        self.install(
-            snapshots, task.install, 0.0 if task.fresh else task.keep
-        )  # line 4: theta_i <- theta; the anchor is what was installed
+        keep = 0.0 if task.fresh else task.keep  # weights that were refused are not kept
+        self.install(snapshots, task.install, keep)  # line 4: theta_i <- theta; the anchor is what was installed
         train_start_s = time.perf_counter()
         losses: list[Tensor] = []
         norms: list[Tensor] = []

@@ -128,10 +128,10 @@ class ModuleStore:
         wanted = []
         for key, version in have.items():
             module = self._modules[key]
-            update = module.update
-            if version != module.snapshot.version:
-                follows = update is not None and version == update.base_version
-                wanted.append(update if update is not None and follows else module.snapshot)
+            if module.update is not None and version == module.update.base_version:
+                wanted.append(module.update)
+            elif version != module.snapshot.version:
+                wanted.append(module.snapshot)
         return wanted
 
     def keys(self) -> list[ModuleKey]:

@@ -163,8 +163,8 @@ class RunView:
 
     def drop(self, task: Task) -> list[ModuleKey]:
         """A source ended its turn without contributing; its modules that are in that round."""
-        keys = [key for key in self.keys(self.sources[task.source], task.fragment)]
-        keys = [key for key in keys if self.modules[key].round == task.round]
+        exchanged = self.keys(self.sources[task.source], task.fragment)
+        keys = [key for key in exchanged if self.modules[key].round == task.round]
         for module in map(self.modules.__getitem__, keys):
             module.awaited.discard(task.source)
             module.dropped += 1
