@@ -272,7 +272,7 @@ class Coordinator:
     def _evaluation(self) -> Run:
         self._asked += 1
         task = self.run.evaluation()
-        return Run(task=task, wants={key: None for key in task.modules.values()})
+        return Run(task=task, wants=self.run.evaluator.give(task))
 
     def _settle(self) -> list[Command]:
         """The end of the run, or the next step of an interruption, once nothing is under way any more."""

@@ -93,7 +93,7 @@ Event: TypeAlias = Started | Finished | Received | Committed | Saved | Lost | Jo
 class Run:
     """Have `task.island` run the task, with these modules pulled for it: key -> the version it already has.
 
-    None: whatever it has, it gets full values.
+    None: whatever it has, it gets full values. What it is to install of other modules it has.
     """
 
     task: Task

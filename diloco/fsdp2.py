@@ -44,11 +44,15 @@ class Fsdp2(Replica):
         """Gathered on every worker."""
         return {name: self._sharded[name].full_tensor().detach() for name in names}
 
-    def agreed(self, known: bool) -> bool:
+    def agreed(self, known: int) -> int:
         """Told by the worker that sends."""
         told = torch.tensor([known], dtype=torch.uint8, device=self.world.device)
         dist.broadcast(told, src=0)
-        return bool(told)
+        return int(told)
+
+    def parts(self, names: Sequence[str]) -> Tensors:
+        """The rows here."""
+        return {name: self._sharded[name].to_local().detach().cpu().clone() for name in names}
 
     @torch.no_grad()
     def spread(self, names: Sequence[str], values: Tensors) -> Tensors:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diloco import inner as inners
 from diloco.anchors import Anchors
-from diloco.codec import Codec, Float32
+from diloco.codec import Codec
 from diloco.feedback import Feedback
 from diloco.inner import Inner, set_rate
 from diloco.messages import (
@@ -91,18 +91,12 @@ class Island:
         Raises ValueError where `values` lacks a parameter or has another shape.
         """
         assert self._modules is not None
-        snapshots = []
-        for key in keys:
-            names = self._modules.slots[self._modules.slot_of(key)]
-            own = self._replica.read(names)
-            if values is not None:
-                wrong = [n for n in names if n not in values or values[n].shape != own[n].shape]
-                if wrong:
-                    shape = tuple(own[wrong[0]].shape)
-                    raise ValueError(f"init_from lacks parameter {wrong[0]} in the model's shape {shape}")
-                own = {name: values[name] for name in names}
-            snapshots.append(Snapshot(module=key, version=0, base_version=None, payload=Float32().encode(own)))
-        return snapshots
+        return self._anchors.initial(self._modules, keys, values)
+
+    def adopt(self, digests: Mapping[ModuleKey, str]) -> list[ModuleKey]:
+        """Which of these modules the store was filled with as this model is: version 0 of them need not be sent."""
+        assert self._modules is not None
+        return self._anchors.adopt(self._modules, digests)
 
     def run(self, task: Task, snapshots: Sequence[Snapshot]) -> tuple[Report, list[Contribution]]:
         """Do one task: the inner loop of DiLoCo (arXiv:2311.08105, Alg. 1 lines 3-9)."""

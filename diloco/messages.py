@@ -6,6 +6,7 @@ coordinator can be tested by events alone.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NewType, TypeAlias
@@ -106,6 +107,10 @@ class Payload:
     def nbytes(self) -> int:
         """Bytes on the wire."""
         return len(self.header) + int(self.body.nbytes)
+
+    def sha256(self) -> str:
+        """Of the values, as they are encoded."""
+        return hashlib.sha256(self.body.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -71,9 +71,13 @@ class Replica(ABC):
             digest.update(self.read([name])[name].cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def agreed(self, known: bool) -> bool:
-        """What the worker that `sends` knows, on all of them. Collective."""
+    def agreed(self, known: int) -> int:
+        """What the worker that `sends` knows, below 256, on all that need it. Collective."""
         return known
+
+    def parts(self, names: Sequence[str]) -> Tensors:
+        """Copies of the present values, as `spread` would have given them to this worker."""
+        return {name: value.cpu().clone() for name, value in self.read(names).items()} if self.sends else {}
 
     @abstractmethod
     def spread(self, names: Sequence[str], values: Tensors) -> Tensors:

@@ -70,13 +70,16 @@ class ModuleStore:
         self._full, self._down = Float32(), None if isinstance(codec_down, Float32) else codec_down
         self._modules: dict[ModuleKey, _Module] = {}
 
-    def fill(self, snapshots: Iterable[Snapshot]) -> None:
-        """Take these modules as the starting values, with fresh outer state."""
+    def fill(self, snapshots: Iterable[Snapshot]) -> dict[ModuleKey, str]:
+        """Take these modules as the starting values, with fresh outer state; returns the values' digests."""
+        digests = {}
         for snapshot in snapshots:
+            digests[snapshot.module] = snapshot.payload.sha256()
             payload, values = self._copy(self._full.view(snapshot.payload))
             self._modules[snapshot.module] = _Module(
                 snapshot=replace(snapshot, payload=payload), values=values, outer=self._outer.init(values)
             )
+        return digests
 
     def push(self, contribution: Contribution) -> Verdict:
         """Keep the encoded contribution and say whether it is sound.
@@ -133,10 +136,6 @@ class ModuleStore:
             elif version != module.snapshot.version:
                 wanted.append(module.snapshot)
         return wanted
-
-    def keys(self) -> list[ModuleKey]:
-        """The modules held here."""
-        return list(self._modules)
 
     def measure(self) -> list[CommitStats]:
         """Norms and dot products of the last commits, each told once; asked off the way of a round.

@@ -20,7 +20,7 @@ from diloco import planner, resume, rundir, saved_view, summary
 from diloco.config import RunConfig
 from diloco.coordinator import Coordinator
 from diloco.display import Display
-from diloco.events import Event, Log, Save, Started, Stop
+from diloco.events import Event, Log, Run, Save, Started, Stop
 from diloco.layout import check_blocks
 from diloco.messages import IslandId, Modules, Shape
 from diloco.metrics import MetricsWriter, open_metrics
@@ -78,7 +78,7 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
         view = _view(config, corpus, modules)
         session = _Session(replace(start, config=config), backend, view, modules, shapes, corpus)
         if start.manifest is None:
-            backend.fill(init_from)
+            view.hold(backend.fill(init_from))
         else:
             session.take_up(start.manifest["view"])
         _say("\n".join(planner.lines(planner.plan_of(config, modules, shapes))))
@@ -199,7 +199,9 @@ class _Session:
                 if stop is None:
                     event = self._backend.next_event(coordinator.wake_s)
         export = str(self._directory / "export") if stop.status == "finished" else None
-        return stop, self._backend.finish(export, "")
+        present = self._view.evaluation()
+        run = Run(task=present, wants=self._view.evaluator.give(present))
+        return stop, self._backend.finish(run, export, "")
 
     def _save(self, command: Save, writer: MetricsWriter) -> None:
         manifest = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from diloco.counters import Counters
@@ -54,7 +54,7 @@ class ModuleView:
 
 @dataclass(kw_only=True)
 class IslandView:
-    """One island now; not checkpointed, since islands come and go."""
+    """One island now, or the evaluator; not checkpointed, since islands come and go."""
 
     island: IslandId
     source: SourceId
@@ -63,13 +63,10 @@ class IslandView:
     holds: dict[ModuleKey, int] = field(default_factory=dict)  # the versions that it has installed
 
     def give(self, task: Task) -> dict[ModuleKey, int | None]:
-        """What is to be pulled for a task: updates on what it holds, where that is older than what it is to install."""
-        wants: dict[ModuleKey, int | None] = {}
-        for slot, version in task.install.items():
-            key = task.modules[slot]
-            held = self.holds.get(key, version)
-            wants[key] = held if held < version else None
-            self.holds[key] = version
+        """What is to be pulled for a task: what it does not hold, as updates on what it does."""
+        asked = {task.modules[slot]: version for slot, version in task.install.items()}
+        wants = {key: self.holds.get(key) for key, version in asked.items() if self.holds.get(key) != version}
+        self.holds |= asked
         return wants
 
 
@@ -93,6 +90,7 @@ class RunView:
     ahead: Counters = field(default_factory=Counters)  # of `counters`: what was finished of rounds after the present
     round: int = 0  # rounds that all modules have committed
     opened_s: dict[tuple[int, int], float] = field(default_factory=dict)  # when (round, fragment) began to be awaited
+    evaluator: IslandView = field(default_factory=lambda: IslandView(island=EVALUATOR, source=SourceId(0)))
     arrival_s: dict[SourceId, deque[float]] = field(default_factory=dict)  # how long after that its source was heard
 
     def __post_init__(self) -> None:
@@ -108,6 +106,12 @@ class RunView:
         """A run at its start: source i contributes for island i, reads shard i and trains path i modulo paths."""
         self.modules = {key: ModuleView() for key in modules.shards}
         self.place_sources(islands)
+
+    def hold(self, held: Mapping[IslandId, Iterable[ModuleKey]]) -> None:
+        """These islands, and the evaluator, have the values that these modules start with."""
+        for island, keys in held.items():
+            view = self.evaluator if island == EVALUATOR else self.islands[island]
+            view.holds = dict.fromkeys(keys, 0)
 
     def place_sources(self, islands: int) -> None:
         """Give each island its source, all of them alive; those that are new, or had been away, take part from now on.

@@ -247,17 +247,28 @@ class Signalling(Line):
     gate_shard: int = 0
     gate_step: int = -1
     at_worker: int = 0  # of the island
+    at_evaluation: int = 0  # in the place of a batch: of the evaluator's, counted from 1
 
     def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
         if (shard, step) == (self.gate_shard, self.gate_step):
             wait_for(Path(self.gate).exists)
-        path = Path(self.file)
         worker = dist.get_rank() if dist.is_initialized() else 0
-        if (shard, step, worker) == (self.at_shard, self.at_step, self.at_worker) and path.is_file():
+        if not self.at_evaluation and (shard, step, worker) == (self.at_shard, self.at_step, self.at_worker):
+            self._signal()
+        return super().batch(corpus, shard, step)
+
+    def evaluate(self, model: nn.Module, corpus: Corpus, split: str) -> dict[str, float]:
+        self._evaluations = getattr(self, "_evaluations", 0) + 1
+        if self._evaluations == self.at_evaluation:
+            self._signal()
+        return super().evaluate(model, corpus, split)
+
+    def _signal(self) -> None:
+        path = Path(self.file)
+        if path.is_file():
             process = int(path.read_text() or os.getpid())
             path.unlink()
             os.kill(process, self.number)
-        return super().batch(corpus, shard, step)
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from diloco.events import CommitAll, Event, Measure, Push, Respawn, Run
 from diloco.inner import Inner
 from diloco.island import Island
 from diloco.merge import Merge
-from diloco.messages import ModuleKey, Modules, Shape, SourceId
+from diloco.messages import IslandId, ModuleKey, Modules, Shape, SourceId
 from diloco.outer import OuterOptimizer
 from diloco.replica import Ddp, Replica, ReplicaKind, Single
 from diloco.schedule import Schedule
@@ -129,8 +129,11 @@ class Backend(ABC):
         """Start islands and shards, and tell them the layout."""
 
     @abstractmethod
-    def fill(self, init_from: str) -> None:
-        """Fill the store with the model's initial values, or with those that `checkpoint.read_values` finds there."""
+    def fill(self, init_from: str) -> Mapping[IslandId, list[ModuleKey]]:
+        """Fill the store with the model's initial values, or with those that `checkpoint.read_values` finds there.
+
+        Returns who has them already, having built the same model: of which modules.
+        """
 
     @abstractmethod
     def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
@@ -157,8 +160,8 @@ class Backend(ABC):
         """Make the next event an `Interrupted`. Called by a signal handler."""
 
     @abstractmethod
-    def finish(self, folder: str | None, prompt: str) -> Final:
-        """Install the global weights on the evaluator, digest them, and export to `folder` where one is given."""
+    def finish(self, present: Run, folder: str | None, prompt: str) -> Final:
+        """Have the evaluator install the global weights, digest them, and export to `folder` where one is given."""
 
     def conclude(self, summary: Mapping[str, Any]) -> None:
         """Tell processes that follow this one what the run came to; `close` is next."""

@@ -28,7 +28,19 @@ from diloco.events import (
     Tick,
 )
 from diloco.island import Island
-from diloco.messages import EVALUATOR, Contribution, IslandId, ModuleKey, Modules, Shape, SourceId, State, Task, Turn
+from diloco.messages import (
+    EVALUATOR,
+    Contribution,
+    IslandId,
+    ModuleKey,
+    Modules,
+    Shape,
+    Snapshot,
+    SourceId,
+    State,
+    Task,
+    Turn,
+)
 from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, placed
 from diloco.workers import World
 
@@ -91,11 +103,13 @@ class LocalBackend(Backend):
             island.setup(modules)
         self._shards = [self._job.make_store() for _ in range(self._job.shards)]
 
-    def fill(self, init_from: str) -> None:
+    def fill(self, init_from: str) -> Mapping[IslandId, list[ModuleKey]]:
         """From the evaluator's fresh model."""
         values = ckpt.read_values(init_from) if init_from else None
+        digests: dict[ModuleKey, str] = {}
         for index, shard in enumerate(self._shards):
-            shard.fill(self._islands[EVALUATOR].initial(placed(self._modules, index), values))
+            digests |= shard.fill(self._islands[EVALUATOR].initial(placed(self._modules, index), values))
+        return {number: island.adopt(digests) for number, island in self._islands.items()}
 
     def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
         """Reads every file at once."""
@@ -173,11 +187,10 @@ class LocalBackend(Backend):
         """Takes effect before the next event."""
         self._interrupted = True
 
-    def finish(self, folder: str | None, prompt: str) -> Final:
+    def finish(self, present: Run, folder: str | None, prompt: str) -> Final:
         """On the evaluator."""
         evaluator = self._islands[EVALUATOR]
-        snapshots = [s for shard in self._shards for s in shard.pull(dict.fromkeys(shard.keys()))]
-        evaluator.install(snapshots)
+        evaluator.install(self._pull(present.wants), present.task.install)
         if folder is not None:
             evaluator.write_model(Path(folder))
         digests = {name: digest for shard in self._shards for name, digest in shard.outer_digests().items()}
@@ -198,9 +211,7 @@ class LocalBackend(Backend):
         return self._job.make_island(self._corpus, World(device=device))
 
     def _run(self, task: Task, wants: Mapping[ModuleKey, int | None]) -> None:
-        snapshots = []
-        for index, shard in enumerate(self._shards):
-            snapshots += shard.pull({key: have for key, have in wants.items() if self._modules.shards[key] == index})
+        snapshots = self._pull(wants)
         with torch.random.fork_rng():  # an island seeds the generator, which here is the user's own
             report, contributions = self._islands[task.island].run(task, snapshots)
         if task.send:
@@ -216,6 +227,12 @@ class LocalBackend(Backend):
         report = replace(report, waiting_s=start_s - free_s if task.island in self._begun else 0.0)
         self._begun.add(task.island)
         self._later(heard_s - self._clock_s, Finished(now_s=heard_s, report=report))
+
+    def _pull(self, wants: Mapping[ModuleKey, int | None]) -> list[Snapshot]:
+        snapshots = []
+        for index, shard in enumerate(self._shards):
+            snapshots += shard.pull({key: have for key, have in wants.items() if self._modules.shards[key] == index})
+        return snapshots
 
     def _may_be_written(self, task: Task) -> None:
         """What a task saved is for the checkpoints after its end, in the place of what there was of its source."""

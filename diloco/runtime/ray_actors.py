@@ -85,6 +85,10 @@ class WorkerShell:
         parts = [self._island.initial(keys, values) for keys in groups]
         return parts if len(parts) > 1 else parts[0]
 
+    def adopt(self, digests: Mapping[ModuleKey, str]) -> list[ModuleKey]:
+        """Which of these modules are here already."""
+        return self._island.adopt(digests)
+
     def load(self, checkpoint: str, source: SourceId) -> bool:
         """Become a source of a checkpoint; whether it has that source."""
         state = ckpt.read_source(checkpoint, source, self._island.empty)
@@ -136,9 +140,9 @@ class WorkerShell:
         if self._island.saves:
             self._frozen[source, round_] = self._island.export(source)
 
-    def finish(self, snapshots: Sequence[Any], folder: str | None, prompt: str) -> tuple[int, str, str]:
+    def finish(self, task: Task, snapshots: Sequence[Any], folder: str | None, prompt: str) -> tuple[int, str, str]:
         """Install the final weights; export and sample where there is a folder: (parameters, SHA-256, sample)."""
-        self._island.install([snapshot for ref in snapshots for snapshot in ray.get(ref)])
+        self._island.install([snapshot for ref in snapshots for snapshot in ray.get(ref)], task.install)
         if folder is not None:
             self._island.write_model(Path(folder))
         sample = self._island.sample(prompt) if folder is not None else ""
@@ -153,9 +157,9 @@ class ShardShell:
         self._store = job.make_store()
         self._frozen: dict[str, dict[ModuleKey, State]] = {}
 
-    def fill(self, snapshots: list[Snapshot]) -> None:
-        """Starting values."""
-        self._store.fill(snapshots)
+    def fill(self, snapshots: list[Snapshot]) -> dict[ModuleKey, str]:
+        """Starting values; returns their digests."""
+        return self._store.fill(snapshots)
 
     def load(self, checkpoint: str, keys: list[ModuleKey]) -> None:
         """What a checkpoint holds of these modules."""

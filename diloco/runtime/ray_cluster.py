@@ -37,7 +37,7 @@ from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, placed
 from diloco.runtime.ray_actors import spawn_shard
 from diloco.runtime.ray_island import RayIsland, shard_nodes
 from diloco.runtime.ray_refs import Pending, Ref, cause, died, get, get_all, mistake, raise_errors, short
-from diloco.runtime.ray_ring import Part, Pusher
+from diloco.runtime.ray_ring import Part, Puller, Pusher
 from diloco.runtime.ray_save import Saver
 from diloco.runtime.ray_start import connect, disconnect
 
@@ -76,7 +76,6 @@ class RayBackend(Backend):
         self._pending = Pending()
         self._events: deque[Event] = deque()
         self._sent: dict[Turn, list[tuple[int, Ref]]] = {}
-        self._pulled: dict[tuple[int, str, tuple[tuple[ModuleKey, int | None], ...]], Ref] = {}
         self._revived: dict[IslandId, int] = {}  # times since it last finished a task
         self._saver = Saver(self._pending, self._on_saved)
         self._interrupted = False
@@ -95,15 +94,19 @@ class RayBackend(Backend):
     def setup(self, modules: Modules) -> None:
         """Tells all islands, and waits until they are ready."""
         self._modules = modules
+        self._puller = Puller(self._shards, modules)
         get_all({f"island {i}": island.built for i, island in self._islands.items() if i != EVALUATOR})
         answers = {island: handle.setup(modules) for island, handle in self._islands.items()}
         self._nodes = {island: get(refs)[0] for island, refs in answers.items()}
 
-    def fill(self, init_from: str) -> None:
+    def fill(self, init_from: str) -> Mapping[IslandId, list[ModuleKey]]:
         """The evaluator's weights go to the shards directly."""
         groups = [placed(self._modules, index) for index in range(len(self._shards))]
         parts = self._islands[EVALUATOR].initial(groups, init_from)
-        get([shard.fill.remote(part) for shard, part in zip(self._shards, parts, strict=True)])
+        filled = get([shard.fill.remote(part) for shard, part in zip(self._shards, parts, strict=True)])
+        digests = {key: digest for part in filled for key, digest in part.items()}
+        asked = {number: island.adopt(digests) for number, island in self._islands.items()}
+        return {number: get(refs)[0] for number, refs in asked.items()}
 
     def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
         """Shards and islands read their own files."""
@@ -124,7 +127,7 @@ class RayBackend(Backend):
             case Push():
                 self._push(command.task)
             case CommitAll():
-                self._pulled.clear()
+                self._puller.renew()
                 by_shard: dict[int, list[Any]] = {}
                 for commit in command.commits:
                     by_shard.setdefault(self._modules.shards[commit.module], []).append(commit)
@@ -164,10 +167,11 @@ class RayBackend(Backend):
 
     # --- end ---
 
-    def finish(self, folder: str | None, prompt: str) -> Final:
+    def finish(self, present: Run, folder: str | None, prompt: str) -> Final:
         """On the evaluator; only digests and the sample come back."""
-        snapshots = [shard.pull.remote(dict.fromkeys(placed(self._modules, i))) for i, shard in enumerate(self._shards)]
-        parameters, digest, sample = get(self._islands[EVALUATOR].finish(snapshots, folder, prompt))
+        snapshots = self._puller.pull(self._nodes[EVALUATOR], EVALUATOR, present.wants)
+        told = self._islands[EVALUATOR].finish(present.task, snapshots, folder, prompt)
+        parameters, digest, sample = get(told)
         digests = get([shard.outer_digests.remote() for shard in self._shards])
         return Final(
             parameters=parameters,
@@ -189,20 +193,24 @@ class RayBackend(Backend):
     # --- inside ---
 
     def _run(self, command: Run) -> None:
-        task, wants = command.task, command.wants
+        task = command.task
         shards = {self._modules.shards[task.modules[slot]] for slot in task.send}
-        by_shard: dict[int, dict[ModuleKey, int | None]] = {}
-        for key, have in wants.items():
-            by_shard.setdefault(self._modules.shards[key], {})[key] = have
-        # Ring order: each island begins with another shard, so that no link carries all at once.
-        order = sorted(by_shard, key=lambda shard: (shard - task.island - 1) % len(self._shards))
-        snapshots = [self._pull(shard, by_shard[shard], self._nodes[task.island]) for shard in order]
         # Made in the order in which they are taken.
         turns = sorted(shards, key=lambda shard: (task.island - 1 - shard) % len(self._shards))
         groups = {n: [s for s in task.send if self._modules.shards[task.modules[s]] == n] for n in turns}
-        self._submit(task, snapshots, groups, command.ahead)
+        # A new evaluator has nothing to update; where it takes full values anyway, these are the same objects.
+        spare = (
+            self._puller.pull(self._nodes[task.island], task.island, dict.fromkeys(task.modules.values()))
+            if task.island == EVALUATOR
+            else []
+        )
+        self._submit(
+            task, self._puller.pull(self._nodes[task.island], task.island, command.wants), groups, command.ahead, spare
+        )
 
-    def _submit(self, task: Task, snapshots: list[Ref], groups: dict[int, list[SlotName]], ahead: bool) -> None:
+    def _submit(
+        self, task: Task, snapshots: list[Ref], groups: dict[int, list[SlotName]], ahead: bool, spare: list[Ref]
+    ) -> None:
         island = self._islands[task.island]
         reports, contributions = island.run(task, snapshots, list(groups.values()), ahead)
         if groups:
@@ -216,7 +224,7 @@ class RayBackend(Backend):
             if task.island == EVALUATOR and error is not None:
                 if self._islands[EVALUATOR] is island:
                     self._revive(EVALUATOR).setup(self._modules)
-                self._submit(task, snapshots, groups, ahead)
+                self._submit(task, spare, groups, ahead, spare)
             elif self._islands[task.island] is island:  # else it was replaced, and its work given out again
                 now_s = self.now_s()
                 if error is None:
@@ -227,13 +235,6 @@ class RayBackend(Backend):
                 self._events.append(lost or Finished(now_s=now_s, report=answers[0]))
 
         self._pending.add(reports, done, at_first_error=True)
-
-    def _pull(self, shard: int, wants: dict[ModuleKey, int | None], node: str) -> Ref:
-        """One object for all receivers on a node; it holds what the shard has after the commits asked for so far."""
-        key = (shard, node, tuple(sorted(wants.items())))
-        if key not in self._pulled:
-            self._pulled[key] = self._shards[shard].pull.remote(wants)
-        return self._pulled[key]
 
     def _push(self, task: Task) -> None:
         def done(answers: list[Any], error: RayError | None) -> None:

@@ -57,6 +57,10 @@ class RayIsland:
         refs = self._workers[0].initial.options(num_returns=len(groups)).remote(groups, init_from)
         return refs if len(groups) > 1 else [refs]
 
+    def adopt(self, digests: Mapping[ModuleKey, str]) -> list[Ref]:
+        """Each answers with those of these modules that are there already."""
+        return [worker.adopt.remote(digests) for worker in self._workers]
+
     def load(self, checkpoint: str, source: SourceId) -> list[Ref]:
         """Each answers whether the checkpoint has that source."""
         return [worker.load.remote(checkpoint, source) for worker in self._workers]
@@ -83,9 +87,9 @@ class RayIsland:
         """Each answers with the files that it wrote of what it exported in that round."""
         return [worker.write.remote(folder, source, round_) for worker in self._workers]
 
-    def finish(self, snapshots: Sequence[Ref], folder: str | None, prompt: str) -> Ref:
+    def finish(self, task: Task, snapshots: Sequence[Ref], folder: str | None, prompt: str) -> Ref:
         """On the evaluator."""
-        return self._workers[0].finish.remote(snapshots, folder, prompt)
+        return self._workers[0].finish.remote(task, snapshots, folder, prompt)
 
     def broken(self, error: RayError) -> bool:
         """Whether `error` says, or follows from it, that a worker is gone: those left see their connection end."""

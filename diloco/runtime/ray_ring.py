@@ -1,4 +1,4 @@
-"""The order in which contributions go from node to node, where links are slow.
+"""What goes between the nodes of a Ray cluster, and in which order: contributions one way, global values the other.
 
 Ray would fetch all at once, and several streams on one link get in each other's way: each takes longer, and links lie
 idle at the end. In ring order every link carries one object at a time, and all of them are busy.
@@ -6,13 +6,14 @@ idle at the end. In ring order every link carries one object at a time, and all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 from ray.exceptions import RayError
 
+from diloco.messages import IslandId, ModuleKey, Modules
 from diloco.runtime.ray_refs import Pending, Ref, Then
 
 QUEUED = (
@@ -134,3 +135,31 @@ class Pusher:
     def _begin(self) -> None:
         for transfer in self._ring.take():
             transfer.begin()
+
+
+class Puller:
+    """Has the shards of the store give out what islands and the evaluator want of them."""
+
+    def __init__(self, shards: Sequence[Any], modules: Modules) -> None:
+        self._shards, self._holders = shards, modules.shards
+        self._given: dict[tuple[int, str, tuple[tuple[ModuleKey, int | None], ...]], Ref] = {}
+
+    def renew(self) -> None:
+        """The store has changed."""
+        self._given.clear()
+
+    def pull(self, node: str, island: IslandId, wants: Mapping[ModuleKey, int | None]) -> list[Ref]:
+        """An object of each shard, the same for all receivers on a node: what it has after all commits asked for.
+
+        In ring order: each island begins with another shard, so that no link carries all at once.
+        """
+        by_shard: dict[int, dict[ModuleKey, int | None]] = {}
+        for key, have in wants.items():
+            by_shard.setdefault(self._holders[key], {})[key] = have
+        refs = []
+        for shard in sorted(by_shard, key=lambda shard: (shard - island - 1) % len(self._shards)):
+            asked = (shard, node, tuple(by_shard[shard].items()))
+            if asked not in self._given:
+                self._given[asked] = self._shards[shard].pull.remote(by_shard[shard])
+            refs.append(self._given[asked])
+        return refs

@@ -30,11 +30,11 @@ from diloco.events import (
     Run,
 )
 from diloco.island import Island
-from diloco.messages import EVALUATOR, IslandId, Modules, Report, Shape, SourceId
+from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Report, Shape, SourceId
 from diloco.runtime.base import LOADED, Abandoned, Backend, Final, Job, Runtime
 from diloco.runtime.spmd_hub import Hub
 from diloco.runtime.spmd_member import Member
-from diloco.runtime.spmd_orders import Answer, Build, Command, Fill, Finish, Go, Hello, Load, Order, SetUp, Write
+from diloco.runtime.spmd_orders import Adopt, Answer, Build, Command, Fill, Finish, Go, Hello, Load, Order, SetUp, Write
 from diloco.runtime.spmd_save import Saving
 from diloco.runtime.spmd_serve import serve, serve_spawned
 from diloco.runtime.spmd_start import Place, Roster, call, launched, receive, spawn
@@ -125,11 +125,13 @@ class SpmdBackend(Backend):
         self._modules = modules
         self._together(SetUp(modules))
 
-    def fill(self, init_from: str) -> None:
+    def fill(self, init_from: str) -> Mapping[IslandId, list[ModuleKey]]:
         """From the evaluator's fresh model."""
         assert self._member is not None
         self._member.make_initial(init_from)
-        self._together(Fill())
+        digests = {key: digest for answer in self._together(Fill()) for key, digest in answer.filled.items()}
+        answers = self._together(Adopt(digests))
+        return {island: held for answer in answers for island, held in answer.held.items()}
 
     def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
         """Each reads its own files."""
@@ -181,10 +183,10 @@ class SpmdBackend(Backend):
 
     # --- end ---
 
-    def finish(self, folder: str | None, prompt: str) -> Final:
+    def finish(self, present: Run, folder: str | None, prompt: str) -> Final:
         """On the evaluator."""
-        answers = self._together(Finish())
-        self._evaluator.install(answers[0].values)
+        answers = self._together(Finish(wants=present.wants))
+        self._evaluator.install(answers[0].values, present.task.install)
         if folder is not None:
             self._evaluator.write_model(Path(folder))
         return Final(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
@@ -21,6 +21,7 @@ from diloco.island import Island
 from diloco.messages import (
     EVALUATOR,
     Contribution,
+    IslandId,
     ModuleKey,
     Snapshot,
     SourceId,
@@ -30,7 +31,7 @@ from diloco.messages import (
 )
 from diloco.runtime.base import LOADED, Job, placed
 from diloco.runtime.spmd_exchange import Exchange, Transfer
-from diloco.runtime.spmd_orders import Answer, Build, Fill, Finish, Go, Hello, Load, Order, SetUp, Write
+from diloco.runtime.spmd_orders import Adopt, Answer, Build, Fill, Finish, Go, Hello, Load, Order, SetUp, Write
 from diloco.runtime.spmd_start import Meeting, Place, Roster
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -72,13 +73,17 @@ class Member:
                 for island in self._islands.values():
                     island.setup(order.modules)
             case Fill():
-                self._fill()
+                self._fill(answer)
+            case Adopt():
+                for number, island in self._islands.items():
+                    held = island.adopt(order.digests)
+                    answer.held |= {IslandId(number): held} if self._leads else {}
             case Load():
                 self._load(order, answer)
             case Go():
                 self._go(order, answer)
             case Finish():
-                self._finish(answer)
+                self._finish(order, answer)
         return answer
 
     def make_evaluator(self) -> Island:
@@ -127,14 +132,14 @@ class Member:
                 self._freeze(source, LOADED)  # it may have no more to do before the next checkpoint
                 answer.loaded.append(source)
 
-    def _fill(self) -> None:
+    def _fill(self, answer: Answer) -> None:
         if self._exchange is not None:
-            self._store.fill(self._exchange.begin(self._initial).wait()[0])
+            answer.filled = self._store.fill(self._exchange.begin(self._initial).wait()[0])
         self._initial = []
 
-    def _finish(self, answer: Answer) -> None:
+    def _finish(self, order: Finish, answer: Answer) -> None:
         if self._exchange is not None:
-            mine = self._store.pull(dict.fromkeys(self._store.keys()))
+            mine = self._own(order.wants)
             to = [mine if island == 0 else [] for island in range(self._job.islands)]
             answer.values = [snapshot for part in self._exchange.begin(to).wait() for snapshot in part]
         answer.digests = self._store.outer_digests()
@@ -183,14 +188,17 @@ class Member:
         if self._exchange is not None and any(run.wants for run in runs):
             to: list[dict[int, list[Snapshot]]] = [{} for _ in self._job.workers]
             for index, (run, number) in enumerate(zip(runs, numbers, strict=True)):
-                wants = {key: have for key, have in run.wants.items() if self._holder(key) == self._number}
-                to[number][index] = self._store.pull(wants)
+                to[number][index] = self._own(run.wants)
             for part in self._exchange.begin(to).wait():
                 for index, found in part.items():
                     snapshots[index] += found
         for run, found in zip(runs, snapshots, strict=True):
             if run.task.island == self._number or (run.task.island == EVALUATOR and self._rank == 0):
                 self._tasks[run.task.island].append((run.task, found))
+
+    def _own(self, wants: Mapping[ModuleKey, int | None]) -> list[Snapshot]:
+        """What is wanted of the modules that are held here."""
+        return self._store.pull({key: have for key, have in wants.items() if self._holder(key) == self._number})
 
     def _push(self, pushes: Sequence[tuple[int, Push]]) -> None:
         """Begin to send what this island contributed to who holds it."""

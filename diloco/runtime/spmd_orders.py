@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from diloco.events import CommitAll, Measure, Push, Run
-from diloco.messages import CommitStats, Modules, Report, Snapshot, SourceId, Verdict
+from diloco.messages import CommitStats, IslandId, ModuleKey, Modules, Report, Snapshot, SourceId, Verdict
 from diloco.runtime.base import Job
 
 
@@ -37,6 +37,13 @@ class SetUp:
 @dataclass(frozen=True)
 class Fill:
     """Take the starting values that rank 0 sends."""
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """Tell which modules, of these digests, are there already."""
+
+    digests: Mapping[ModuleKey, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +73,22 @@ class Go:
     write: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finish:
-    """Send all global values to rank 0, and tell the digests of the outer state."""
+    """Send rank 0 what its evaluator lacks, and tell the digests of the outer state."""
+
+    wants: Mapping[ModuleKey, int | None]
 
 
-Order: TypeAlias = Build | SetUp | Fill | Load | Go | Finish
+Order: TypeAlias = Build | SetUp | Fill | Adopt | Load | Go | Finish
 
 
 @dataclass(kw_only=True)
 class Answer:
     """What came of an order here."""
 
+    filled: dict[ModuleKey, str] = field(default_factory=dict)  # digests
+    held: dict[IslandId, list[ModuleKey]] = field(default_factory=dict)
     loaded: list[SourceId] = field(default_factory=list)
     verdicts: list[tuple[int, Verdict]] = field(default_factory=list)  # of which command
     stats: list[CommitStats] = field(default_factory=list)

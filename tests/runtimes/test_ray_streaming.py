@@ -15,7 +15,7 @@ from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
 from diloco.schedule import Barrier
 from tests.conftest import BASE, Start
-from tests.toy import Line, assert_same_sources, digests, launch, warned
+from tests.toy import Line, Signalling, assert_same_sources, digests, launch, records, warned
 
 STREAM: dict[str, Any] = {
     "workload": Line(blocks=2),
@@ -62,3 +62,15 @@ def test_an_update_is_smaller_than_full_values(start: Start, runs: Path) -> None
     full = start("full", **{**STREAM, "schedule": Barrier(lag=1), "codec_down": Float32()})
     coded = start("coded", **{**STREAM, **KINDS["four bits both ways"]})
     assert coded.summary["bytes_down"] < full.summary["bytes_down"]
+
+
+def test_a_new_evaluator_begins_with_full_values(start: Start, runs: Path) -> None:
+    settings = {**STREAM, **KINDS["four bits both ways"], "eval_every": 1}
+    expected = launch(runs / "local", **{**BASE, **settings})
+    file = runs / "kill"
+    file.touch()
+    found = start("ray", **{**settings, "workload": Signalling(blocks=2, file=str(file), at_evaluation=3)})
+    assert not file.exists()
+    assert digests(found) == digests(expected)
+    losses = [[r["eval/loss"] for r in records(run.directory, "evaluation")] for run in (found, expected)]
+    assert losses[0] == losses[1] and len(losses[0]) == 5

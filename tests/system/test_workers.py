@@ -355,7 +355,11 @@ def _hold(rank: int, folder: str) -> None:
         delta = {} if payload is None else Float32().decode(payload)
         assert set(delta) == (set(names) if rank == 0 else set())
         assert all(torch.equal(value, torch.full_like(full[n], 0.5)) for n, value in delta.items())
-    assert replica.agreed(rank == 0)
+    assert replica.agreed(2 if rank == 0 else 1) == 2
+    present = replica.parts(slots[0])
+    assert all(torch.equal(part, anchor[name] - 0.5) for name, part in present.items()) and len(present) == len(
+        slots[0]
+    )
     spread = replica.spread(slots[0], {n: full[n] + 8 for n in slots[0]} if rank == 0 else {})
     replica.install(slots[0], spread, keep=0.25)
     for name, value in replica.read(list(full)).items():  # .25 (theta - .5) + .75 (theta + 8)
