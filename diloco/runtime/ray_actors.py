@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from diloco.messages import (
     IslandId,
     ModuleKey,
     Modules,
+    Report,
     Shape,
     SlotName,
     Snapshot,
@@ -97,29 +99,34 @@ class WorkerShell:
             self._freeze(source, LOADED)  # it may have no more to do before the next checkpoint
         return state is not None
 
-    def run(
-        self, task: Task, snapshots: Sequence[Any], groups: Sequence[Sequence[SlotName]], *fetched: list[Snapshot]
-    ) -> Iterator[Any]:
-        """One list of contributions for each group of slots (a shard of the store), then the report.
-
-        Contributions are handed over one by one, so that no more than one is in this process's own memory.
-        """
-        try:
-            # One fetch after the other, in the order given: at once they would get in each other's way on slow links.
+    def run(self, task: Task, snapshots: Sequence[Any], *fetched: list[Snapshot]) -> None:
+        """All of a task but what it contributes; followed by `contribute` for each shard of the store, and `report`."""
+        self._report: Report | None = None
+        # One fetch after the other, in the order given: at once they would get in each other's way on slow links.
+        with _leaving():
             pulled = [snapshot for part in (*fetched, *map(ray.get, snapshots)) for snapshot in part]
-            report = self._island.train(task, pulled)
-            for slots in groups:
-                made = [self._island.contribution(task, slot) for slot in slots]
-                sent = [contribution for contribution in made if contribution is not None]
-                report = replace(report, bytes_up=report.bytes_up + sum(c.payload.nbytes for c in sent))
-                yield sent
-                del made, sent
-            if task.save:  # with what error feedback lost of these contributions
-                self._freeze(task.source, task.round)
-            yield report
-        except Exception:
-            workers.leave()  # or the island's other workers would wait for this one
-            raise
+            self._report = self._island.train(task, pulled)
+
+    def contribute(self, task: Task, slots: Sequence[SlotName]) -> list[Contribution]:
+        """What the task contributes of these slots; each is handed over before the next is made."""
+        report = self._done()
+        with _leaving():
+            made = [self._island.contribution(task, slot) for slot in slots]
+        sent = [contribution for contribution in made if contribution is not None]
+        self._report = replace(report, bytes_up=report.bytes_up + sum(c.payload.nbytes for c in sent))
+        return sent
+
+    def report(self, task: Task) -> Report:
+        """What is to be told of the task, once all of it is done."""
+        report = self._done()
+        if task.save:  # with what error feedback lost of these contributions
+            self._freeze(task.source, task.round)
+        return report
+
+    def _done(self) -> Report:
+        if self._report is None:
+            raise RuntimeError("the task failed")  # which `run` has told
+        return self._report
 
     @ray.method(concurrency_group="ping")
     def alive(self) -> bool:
@@ -198,6 +205,16 @@ class ShardShell:
     def outer_digests(self) -> dict[str, str]:
         """SHA-256 of each outer state tensor."""
         return self._store.outer_digests()
+
+
+@contextmanager
+def _leaving() -> Iterator[None]:
+    """Where this worker fails, it leaves the island's others, who would wait for it."""
+    try:
+        yield
+    except Exception:
+        workers.leave()
+        raise
 
 
 def _node() -> str:

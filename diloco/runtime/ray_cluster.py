@@ -212,15 +212,15 @@ class RayBackend(Backend):
         self, task: Task, snapshots: list[Ref], groups: dict[int, list[SlotName]], ahead: bool, spare: list[Ref]
     ) -> None:
         island = self._islands[task.island]
-        reports, contributions = island.run(task, snapshots, list(groups.values()), ahead)
+        answers, contributions = island.run(task, snapshots, list(groups.values()), ahead)
         if groups:
             sent = self._sent[task.turn] = list(zip(groups, contributions, strict=True))
             offer = partial(self._pusher.offer, self._parts(sent), self._nodes[task.island])
             self._pending.watch(contributions[0], offer)  # the links need not wait for the report
 
-        def done(answers: list[Any], error: RayError | None) -> None:
+        def done(found: list[Any], error: RayError | None) -> None:
             if error is not None and not island.broken(error):
-                raise mistake(error, reports) from None
+                raise mistake(error, answers) from None
             if task.island == EVALUATOR and error is not None:
                 if self._islands[EVALUATOR] is island:
                     self._revive(EVALUATOR).setup(self._modules)
@@ -232,9 +232,9 @@ class RayBackend(Backend):
                 if error is None and task.save:
                     self._saver.exported(task.source, island, task.round)
                 lost = None if error is None else Lost(now_s=now_s, island=task.island, reason=short(error))
-                self._events.append(lost or Finished(now_s=now_s, report=answers[0]))
+                self._events.append(lost or Finished(now_s=now_s, report=found[-1]))
 
-        self._pending.add(reports, done, at_first_error=True)
+        self._pending.add(answers, done, at_first_error=True)
 
     def _push(self, task: Task) -> None:
         def done(answers: list[Any], error: RayError | None) -> None:

@@ -68,20 +68,19 @@ class RayIsland:
     def run(
         self, task: Task, snapshots: Sequence[Ref], groups: Sequence[Sequence[SlotName]], ahead: bool
     ) -> tuple[list[Ref], list[Ref]]:
-        """The reports, of which the first counts; and the contributions of each group of slots.
+        """What tells when the task is done, of which the last is its report; and the contributions of each group.
 
         `ahead`: Ray fetches the snapshots while the island is busy, rather than the island when it needs them.
         """
-        reports: list[Ref] = []
+        answers: list[Ref] = []
         contributions: list[Ref] = []
-        for rank, worker in enumerate(self._workers):
+        for rank, worker in reversed(list(enumerate(self._workers))):
             own = snapshots if rank == 0 else []
-            given = [[], groups, *own] if ahead else [own, groups]  # of arguments themselves Ray fetches what is behind
-            answers = worker.run.options(num_returns=1 + len(groups)).remote(task, *given)
-            *made, report = answers if groups else [answers]
-            reports.append(report)
-            contributions += made if rank == 0 else []
-        return reports, contributions
+            given = [[], *own] if ahead else [own]  # of arguments themselves Ray fetches what is behind
+            answers.append(worker.run.remote(task, *given))
+            contributions = [worker.contribute.remote(task, slots) for slots in groups]
+            answers.append(worker.report.remote(task))
+        return answers, contributions
 
     def write(self, folder: str, source: SourceId, round_: int) -> list[Ref]:
         """Each answers with the files that it wrote of what it exported in that round."""

@@ -35,7 +35,7 @@ END_S = 10.0  # for processes to end after SIGTERM
 RECEIVED = ("sum_received", "sum_received_bidir_reverse")  # names of iperf3 for the two directions
 RAY_PORT = 6379
 RAY_SETTINGS = {  # environment of the nodes
-    "RAY_object_manager_max_bytes_in_flight": str(10 << 20),  # two chunks: more get in each other's way on a slow link
+    "RAY_object_manager_max_bytes_in_flight": str(5 << 20),  # a chunk: more get in each other's way on a slow link
     "RAY_preallocate_plasma_memory": "1",
     "RAY_worker_niceness": "0",
     "RAY_raylet_start_wait_time_s": "300",  # all hosts share this machine's cores
