@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from enum import Enum
 
-from diloco import records, saved_view
+from diloco import hearing, records, saved_view
 from diloco.events import (
     Command,
     CommitAll,
@@ -27,28 +26,21 @@ from diloco.events import (
     Received,
     Respawn,
     Run,
+    Save,
     Saved,
     Started,
     Stop,
     Tick,
 )
-from diloco.messages import EVALUATOR, Commit, IslandId, ModuleKey, Report, Settled, Task
+from diloco.messages import EVALUATOR, Commit, IslandId, ModuleKey, Report, Task
+from diloco.progress import IslandView
 from diloco.pushes import Pushes
-from diloco.saves import Saves
+from diloco.saves import Drain, Saves
 from diloco.schedule import NoMore, Schedule, Wait
-from diloco.views import Arrival, IslandView, RunView
+from diloco.views import RunView
 from diloco.watch import Watch
 
 QUEUE_DEPTH = 2  # tasks given to an island at once, so that it never waits for the driver between two
-
-
-class Drain(Enum):
-    """How far an interruption has come."""
-
-    no = "no"
-    tasks = "tasks"  # no new work; what was given out is finished
-    export = "export"  # islands copy what belongs to their sources
-    save = "save"  # the checkpoint is written
 
 
 class Coordinator:
@@ -89,16 +81,22 @@ class Coordinator:
             case Joined():
                 commands = self._on_joined(event)
             case Interrupted():
+                self._saves.pausing = self._saves.pausing and self.run.round == self.run.rounds
                 if self._draining is Drain.no:
                     self._draining = Drain.tasks
                 commands = []
             case Tick():
-                commands = [*self._watch.stalled(event.now_s, self.run)]
+                ready = self._dispatch(self.run.ready(event.now_s))
+                commands = [*ready, *self._watch.stalled(event.now_s, self.run)]
         return late + commands + self._settle()
 
     def wake_s(self) -> float | None:
         """When to be told the time if nothing happens before."""
-        return None if self._stopped or self._draining is not Drain.no else self._schedule.overdue_s(self.run)
+        if self._stopped or self._draining is not Drain.no:
+            return None
+        ready_s = [ready_s for ready_s in self.run.gathered.values() if self._now_s < ready_s < math.inf]
+        overdue_s = self._schedule.overdue_s(self.run)
+        return min([*ready_s, *([] if overdue_s is None else [overdue_s])], default=None)
 
     # --- events ---
 
@@ -132,35 +130,20 @@ class Coordinator:
         return [command for heard in self._pushes.judged(event) for command in self._arrived(heard)]
 
     def _arrived(self, event: Received) -> list[Command]:
-        turn = event.turn
-        keys = [verdict.module for verdict in event.verdicts]
-        source = self.run.sources.get(turn.source)
+        source = self.run.sources.get(event.turn.source)
         if source is None or source.attempt != event.attempt:  # its island was given up for lost
-            return [self._late(event)]
-        tokens = source.hand_over(turn.round, turn.fragment)
-        self.run.observe(turn, event.now_s)
-        modules = [self.run.modules[key] for key in keys]
-        if not all(m.round == turn.round and turn.source in m.awaited for m in modules):
-            return [self._late(event)]
-        bad = [verdict for verdict in event.verdicts if not verdict.good]
-        commands: list[Command] = []
-        source.settle(Settled(round=turn.round, fragment=turn.fragment, accepted=not bad))
-        examples, norm = float(self.run.shard_examples[source.shard]), math.hypot(*[v.norm for v in event.verdicts])
-        arrival = Arrival(examples=examples, tokens=tokens, norm=norm)
-        for module in modules:
-            module.awaited.discard(source.source)
-            if bad:
-                module.rejected += 1
-            else:
-                module.arrivals[source.source] = arrival
-        if bad:
-            self.run.counters.rejected += 1
-            commands.append(records.rejected(event, bad[0], self.run.round))
-        return commands + self._commit_ready(keys)
+            return [hearing.late(event, self.run)]
+        noted: list[Command] = [*hearing.heard(event, source, self.run, self._schedule)]
+        ready = self._gathered(IslandId(source.source)) if self.run.pool else []
+        commands = self._commit_ready([verdict.module for verdict in event.verdicts])
+        return noted + commands + self._dispatch(ready)
 
-    def _late(self, event: Received) -> Log:
-        self.run.counters.late += 1
-        return records.late(event, self.run.round)
+    def _gathered(self, number: IslandId) -> list[IslandId]:
+        """Which islands may go on, now that this one, which runs free, may have handed over all it was given."""
+        island = self.run.islands[number]
+        if not island.alive or not self.run.sources[island.source].idle:
+            return []
+        return self.run.gather(number, self._schedule.regroup_s(self.run, self._now_s), self._now_s)
 
     def _on_saved(self, event: Saved) -> list[Command]:
         commands: list[Command] = [records.saved(event, self._saves.round)]
@@ -168,6 +151,9 @@ class Coordinator:
         if held is not None:
             heard = [key for key, module in self.run.modules.items() if module.heard]
             commands += [held, *self._commit_ready(heard), *self._dispatch(self.run.islands)]
+        elif self._draining is Drain.save and self._saves.pausing:
+            self._draining, self._saves.pausing = Drain.no, False
+            commands += self._dispatch(self.run.islands)
         elif self._draining is Drain.save:
             self._stopped = True
             reason = f"could not write a checkpoint: {event.error}" if event.error else ""
@@ -184,17 +170,18 @@ class Coordinator:
         source = self.run.sources[island.source]
         self._pushes.forget(source.source)
         island.holds = {}
-        source.lose()
+        self.run.lose(source)
         keys = list(self.run.path_of(source).values())
-        for key in keys:
-            self.run.modules[key].awaited.discard(source.source)
-        return [records.lost(event, self.run.round), Respawn(island=event.island), *self._go_on(keys, [])]
+        again = self._dispatch(self.run.islands) if self.run.pool else self._go_on(keys, [])
+        return [records.lost(event, self.run.round), Respawn(island=event.island), *again]
 
     def _on_joined(self, event: Joined) -> list[Command]:
         self.run.counters.islands_joined += 1
         island = self.run.islands[event.island]
         island.alive = True
         source = self.run.sources[island.source]
+        if self.run.pool:
+            return [records.joined(event, self.run.round), *self._dispatch(self._gathered(event.island))]
         keys = list(self.run.path_of(source).values())
         source.round = source.began = 1 + max(self.run.modules[key].round for key in keys)
         return [records.joined(event, self.run.round), *self._go_on(keys, [event.island])]
@@ -224,11 +211,11 @@ class Coordinator:
         return self._commit(self._schedule.commits(self.run, touched, self._now_s))
 
     def _commit(self, commits: list[Commit]) -> list[Command]:
-        for commit in commits:
-            module = self.run.modules[commit.module]
-            if not commit.sources and module.rejected:
+        for key in [commit.module for commit in commits if not commit.sources] + self.run.hopeless():
+            module = self.run.modules[key]
+            if module.rejected:
                 self._stopped = True
-                reason = f"all {module.rejected} contributions to round {module.round} were rejected"
+                reason = f"all {module.rejected} contributions to round {self.run.round} were rejected"
                 return [Stop(status="stopped", reason=f"{reason}; the weights of the round before are kept")]
         late = sorted({(c.round, source) for c in commits for source in self.run.modules[c.module].awaited})
         self.run.commit(commits, self._now_s)
@@ -236,13 +223,22 @@ class Coordinator:
         real = tuple(commit for commit in commits if commit.sources)
         outer, measure = ([CommitAll(commits=real)], [Measure()]) if real else ([], [])
         self._asked += len(measure)
-        if not commits or min(module.round for module in self.run.modules.values()) <= self.run.round:
-            more = self._dispatch(self.run.islands) if len(self.run.fragments) > 1 else []
-            return [*left_out, *outer, *more, *measure]
-        self.run.round += 1
-        save = self._saves.at_round_end(self.run)
-        evaluation = [self._evaluation()] if self.run.eval_due(self.run.round) else []
-        return [*left_out, *outer, *self._dispatch(self.run.islands), *evaluation, *measure, *save]
+        return [*left_out, *outer, *self._round_end(measure)]
+
+    def _round_end(self, measure: list[Measure]) -> list[Command]:
+        """What follows an outer step; with what else follows where all modules have ended the present round."""
+        before, over = self.run.round, self.run.rounds_over()
+        if over == before:
+            return [*(self._dispatch(self.run.islands) if len(self.run.fragments) > 1 else []), *measure]
+        self.run.round = over
+        due = any(self.run.eval_due(round_) for round_ in range(before + 1, over + 1))
+        save: list[Save] = []
+        if self.run.pool is None:
+            save = self._saves.at_round_end(self.run)
+        elif any(self.run.save_due(round_) for round_ in range(before + 1, over + 1)) and self._draining is Drain.no:
+            self._draining, self._saves.pausing = Drain.tasks, True
+        evaluation = [self._evaluation()] if due else []
+        return [*self._dispatch(self.run.islands), *evaluation, *measure, *save]
 
     # --- tasks ---
 
@@ -260,7 +256,7 @@ class Coordinator:
         return commands
 
     def _give(self, task: Task, island: IslandView) -> Run:
-        self.run.sources[task.source].give(task)
+        self.run.give(task)
         run = Run(task=task, wants=island.give(task), ahead=island.queued > 0)
         self._queue(island, 1)
         return run
@@ -278,7 +274,7 @@ class Coordinator:
         """The end of the run, or the next step of an interruption, once nothing is under way any more."""
         if self._stopped or self._saves or self._asked or self._pushes or self._queued:
             return []
-        if self.run.round >= self.run.rounds:
+        if self.run.round >= self.run.rounds and not self._saves.pausing:
             self._stopped = True
             return [Stop(status="finished")]
         if self._draining is Drain.tasks:
@@ -290,7 +286,8 @@ class Coordinator:
             return [Run(task=replace(task, save=True), wants={}) for task in tasks]
         if self._draining is Drain.export:
             self._draining = Drain.save
-            return [self._saves.begin(self.run, saved_view.checkpoint_name(self.run), saved_view.to_json(self.run))]
+            name = f"round-{self.run.round:06d}" if self._saves.pausing else saved_view.checkpoint_name(self.run)
+            return [self._saves.begin(self.run, name, saved_view.to_json(self.run, self._now_s))]
         return []
 
     def _evaluated(self, report: Report) -> Log:

@@ -16,6 +16,7 @@ class Counters:
     accepted: int = 0
     rejected: int = 0
     late: int = 0
+    stale: int = 0
     islands_lost: int = 0
     islands_joined: int = 0
     bytes_up: int = 0

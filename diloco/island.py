@@ -145,6 +145,7 @@ class Island:
             tokens=tokens,
             seconds=seconds if task.steps else 0.0,
             waiting_s=waiting_s,
+            clock_s=seconds if task.steps else 0.0,
             bytes_up=0,
             bytes_down=sum(s.payload.nbytes for s in snapshots),
             bytes_inside=self._replica.bytes_per_step(self._accumulation) * task.steps,

@@ -81,6 +81,7 @@ class Task:
     steps: int
     send: tuple[SlotName, ...]
     last: bool  # ends the source's round
+    round_steps: int = 0  # of the source's round in all
     fragment: int = 0  # whose turn in the round these steps belong to
     ends: bool = False  # ends that turn: what is sent, or was dropped, is this fragment
     fresh: bool = False  # start with empty optimizer state, since the source's weights were refused
@@ -144,6 +145,7 @@ class Report:
     tokens: int
     seconds: float  # spent in inner steps
     waiting_s: float  # between the end of the previous task and the start of this one
+    clock_s: float = 0.0  # spent in inner steps by the runtime's clock, which may be virtual
     bytes_up: int
     bytes_down: int
     bytes_inside: int = 0  # between the workers of the island, by the formula of ring collectives
@@ -170,13 +172,23 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """Take one outer step on `module` with the contributions of these sources, in this order."""
+    """Take one outer step on `module` with the contributions of these sources, in this order.
+
+    What else was pushed by then of these rounds, or earlier ones, is dropped: by all sources, or with `rounds` by
+    those that are named.
+    """
 
     module: ModuleKey
     round: int
     sources: tuple[SourceId, ...]
     weights: tuple[float, ...]  # the examples behind each contribution; the merge normalises them
+    rounds: tuple[int, ...] = ()  # of each contribution, where every source counts its own; () = all of `round`
     scale: float = 1.0  # multiplies the merged result: staleness damping, sqrt(P)
+
+    @property
+    def keys(self) -> tuple[tuple[int, SourceId], ...]:
+        """Round and source of each contribution."""
+        return tuple(zip(self.rounds or (self.round,) * len(self.sources), self.sources, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +201,9 @@ class CommitStats:
     update_square: float  # squared L2 norm of (new values - old values)
     sources: tuple[SourceId, ...]
     gram: tuple[tuple[float, ...], ...]  # dot products of the contributions of the first few of `sources`
+    rounds: tuple[int, ...]  # of each contribution
+    staleness: tuple[int, ...]  # of each contribution: versions that the module took while it was made
+    scale: float  # as in the commit
 
 
 @dataclass(kw_only=True)

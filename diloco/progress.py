@@ -1,11 +1,14 @@
-"""How far one source is: what it was given, what it has not handed over, and what it was told."""
+"""How far one source, one module and one island is: plain data, without the settings of the run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
-from diloco.messages import Report, Settled, ShardId, SourceId, Task
+from diloco.messages import IslandId, ModuleKey, Report, Settled, ShardId, SourceId, Task
+from diloco.pool import Stretch
 
+REMEMBERED_PACES = 9  # tasks by which a source's speed is told
 TOLD_ROUNDS = 2  # for how many rounds the fate of a contribution is told: longer than any install takes
 
 
@@ -15,8 +18,15 @@ class Work:
 
     round: int
     fragment: int
+    shard: ShardId
     start: int  # the source's position at their first
+    steps: int = 0  # given out of them so far
     tokens: int = 0  # trained on so far
+
+    @property
+    def stretch(self) -> Stretch:
+        """The data behind it."""
+        return Stretch(shard=self.shard, first_step=self.start, steps=self.steps)
 
 
 @dataclass(kw_only=True)
@@ -33,17 +43,23 @@ class SourceView:
     done: int = 0  # steps of the present round that were given out
     position: int = 0  # steps of its shard that were given out
     start: int = 0  # its position at the first step of the present round
+    round_steps: int = 0  # of the present round in all, once it has begun
     attempt: int = 0  # how often its work was lost
     work: list[Work] = field(default_factory=list)
     settled: list[Settled] = field(default_factory=list)
+    broken: bool = False  # its last contribution was not finite: it is to start afresh
+    paces_s: list[float] = field(default_factory=list)  # seconds a step of its last tasks
 
     def give(self, task: Task) -> None:
         """Move on past a task that was given out."""
         if task.segment == 0:
-            self.round, self.start = task.round, task.first_step
+            self.round, self.start, self.round_steps = task.round, task.first_step, task.round_steps
+            self.shard, self.position = task.shard, task.first_step
         if not self.work or (self.work[-1].round, self.work[-1].fragment) != (task.round, task.fragment):
-            self.work.append(Work(round=task.round, fragment=task.fragment, start=task.first_step))
+            self.work.append(Work(round=task.round, fragment=task.fragment, shard=task.shard, start=task.first_step))
         self.whole = False
+        self.broken = self.broken and not task.fresh
+        self.work[-1].steps += task.steps
         self.position += task.steps
         self.done += task.steps
         self.segment += 1
@@ -52,19 +68,34 @@ class SourceView:
 
     def trained(self, report: Report) -> None:
         """A task of its present work is finished."""
+        if report.task.steps:
+            self.paces_s = [*self.paces_s, report.clock_s / report.task.steps][-REMEMBERED_PACES:]
         for work in self.work:
             if (work.round, work.fragment) == (report.task.round, report.task.fragment):
                 work.tokens += report.tokens
 
-    def hand_over(self, round_: int, fragment: int) -> int:
-        """The work up to a turn, dropped ones included, has left the island. Returns the tokens behind it."""
+    def hand_over(self, round_: int, fragment: int) -> list[Work]:
+        """The work up to a turn, dropped ones included, has left the island. Returns it."""
         gone = [work for work in self.work if (work.round, work.fragment) <= (round_, fragment)]
         self.work = self.work[len(gone) :]
-        return sum(work.tokens for work in gone)
+        return gone
 
     def settle(self, settled: Settled) -> None:
         """Remember what became of a contribution, to be told with each task for a while."""
         self.settled = [s for s in self.settled if s.round > settled.round - TOLD_ROUNDS] + [settled]
+
+    @property
+    def idle(self) -> bool:
+        """It was given whole rounds, and all of them were handed over."""
+        return self.segment == 0 and not self.work
+
+    def unfinished(self) -> list[Stretch]:
+        """The data of all that it was given and has not handed over, the rest of its present round included."""
+        stretches = [work.stretch for work in self.work]
+        if stretches and self.segment:
+            last = stretches[-1]
+            stretches[-1] = replace(last, steps=self.start + self.round_steps - last.first_step)
+        return stretches
 
     def refused(self, round_: int, fragment: int) -> bool:
         """Whether its contribution of that turn was refused."""
@@ -80,3 +111,51 @@ class SourceView:
         """Stand before the first step of a round again, at this position in the data."""
         self.position = self.start = position
         self.work, self.segment, self.done = [], 0, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """A sound contribution that waits for its commit; one record for all modules that it is to."""
+
+    examples: float  # its weight
+    tokens: int  # trained on for it
+    norm: float  # over all those modules
+    staleness: int = 0  # versions that they took while it was made, when it arrived
+
+
+Arrivals: TypeAlias = dict[tuple[int, SourceId], Arrival]  # by the source's round, and the source
+
+
+@dataclass(kw_only=True)
+class ModuleView:
+    """What is known of one module."""
+
+    version: int = 0  # outer steps taken
+    round: int = 0  # the round that its next commit belongs to
+    awaited: set[SourceId] = field(default_factory=set)  # who takes part in that round and was not heard yet
+    arrivals: Arrivals = field(default_factory=dict)
+    rejected: int = 0  # contributions to that round that were refused
+    dropped: int = 0  # contributions to that round that the schedule left out
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody has finished the present round."""
+        return bool(self.arrivals or self.rejected or self.dropped)
+
+
+@dataclass(kw_only=True)
+class IslandView:
+    """One island now, or the evaluator; not checkpointed, since islands come and go."""
+
+    island: IslandId
+    source: SourceId
+    alive: bool = True
+    queued: int = 0  # tasks given out and not finished
+    holds: dict[ModuleKey, int] = field(default_factory=dict)  # the versions that it has installed
+
+    def give(self, task: Task) -> dict[ModuleKey, int | None]:
+        """What is to be pulled for a task: what it does not hold, as updates on what it does."""
+        asked = {task.modules[slot]: version for slot, version in task.install.items()}
+        wants = {key: self.holds.get(key) for key, version in asked.items() if self.holds.get(key) != version}
+        self.holds |= asked
+        return wants

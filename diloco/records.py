@@ -30,7 +30,10 @@ def committed(event: Committed, run: RunView) -> Log:
         "outer/cosine": sum(cosines) / len(cosines) if cosines else None,
         "outer/cosines": cosines,
         "outer/contributors": list(stats[0].sources),
-        "outer/staleness": 0,
+        "outer/staleness": sum(stats[0].staleness) / len(stats[0].staleness),
+        "outer/stalenesses": list(stats[0].staleness),
+        "outer/rounds": list(stats[0].rounds),
+        "outer/scale": stats[0].scale,
         "total/tokens": counters.tokens,
         "total/bytes_up": counters.bytes_up,
         "total/bytes_down": counters.bytes_down,
@@ -95,6 +98,12 @@ def left_out(source: SourceId, left: int, round_: int) -> Log:
     """A round that ended without a source, since it had been waited for long enough."""
     text = f"round {left} went on without source {source}"
     return Log(record={"event": "late", "round": round_, "source": source, "of_round": left, "message": text})
+
+
+def stale(event: Received, staleness: int, round_: int) -> Log:
+    """A contribution that was made from weights that are too old."""
+    text = f"a contribution of source {event.turn.source} is {staleness} versions old and was refused"
+    return Log(record={"event": "stale", "round": round_, "source": event.turn.source, "message": text})
 
 
 def rejected(event: Received, bad: Verdict, round_: int) -> Log:

@@ -12,6 +12,9 @@ from diloco import checkpoint as ckpt
 from diloco import config as configuration
 from diloco import rundir
 from diloco.config import RunConfig
+from diloco.messages import Modules
+from diloco.views import RunView
+from diloco.workload import Corpus
 
 MAY_DIFFER = ("islands", "workers", "rounds", "runtime", "checkpoint", "metrics", "threads_per_worker")
 
@@ -102,3 +105,21 @@ def _differences(saved: RunConfig, given: RunConfig) -> list[str]:
         if top not in (*MAY_DIFFER, "resume", "experiment", "imports") and before.get(key) != after.get(key):
             found.append(f"{key}={after.get(key)} was {before.get(key)}")
     return found
+
+
+def starting_view(config: RunConfig, corpus: Corpus, modules: Modules) -> RunView:
+    """What the coordinator knows at a run's start."""
+    view = RunView(
+        paths=modules.paths,
+        fragments=() if config.schedule.free else modules.fragments,
+        seed=config.seed,
+        rounds=config.rounds,
+        inner_steps=config.inner_steps,
+        segment_steps=config.segment_steps,
+        eval_every=config.eval_every,
+        save_every=config.checkpoint.every,
+        shard_examples=corpus.shard_examples(),
+    )
+    view.pool = view.new_pool(config.schedule.drawn) if config.schedule.free else None
+    view.begin(modules, config.islands)
+    return view

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from diloco.counters import Counters
-from diloco.messages import ModuleKey, Settled, SourceId
-from diloco.progress import SourceView, Work
-from diloco.views import Arrival, ModuleView, RunView
+from diloco.messages import IslandId, ModuleKey, Settled, SourceId
+from diloco.pool import Pool, Stretch
+from diloco.progress import Arrival, ModuleView, SourceView, Work
+from diloco.views import RunView
 
 
 def checkpoint_name(run: RunView) -> str:
     """`round-000005` between rounds; with the furthest step where some sources are within one."""
+    if run.pool is not None:
+        return (
+            f"round-{run.round:06d}-steps-{run.pool.done - run.round * run.inner_steps * len(run.shard_examples):06d}"
+        )
     steps = max(s.done if s.round == run.round else run.inner_steps for s in run.sources.values())
     between = all(source.done == 0 and source.round == run.round for source in run.sources.values())
     return f"round-{run.round:06d}" + ("" if between else f"-steps-{steps:06d}")
 
 
-def to_json(run: RunView) -> dict[str, Any]:
-    """As it is now."""
+def to_json(run: RunView, now_s: float = 0.0) -> dict[str, Any]:
+    """As it is now, by the runtime's clock."""
     return {
+        "now_s": now_s,
+        "pool": None if run.pool is None else asdict(run.pool),
+        "gathered": {island: ready_s if ready_s < math.inf else None for island, ready_s in run.gathered.items()},
         "round": run.round,
         "sources": [asdict(source) for source in run.sources.values()],
         "modules": {key: _module_json(module) for key, module in run.modules.items()},
@@ -48,7 +57,7 @@ def at_round_end(run: RunView) -> dict[str, Any]:
         sources.append(asdict(before))
     modules = {}
     for key, module in run.modules.items():
-        awaited = module.awaited | module.arrivals.keys()
+        awaited = module.awaited | {source for _, source in module.arrivals}
         modules[key] = _module_json(ModuleView(version=module.version, round=module.round, awaited=awaited))
     return {**saved, "sources": sources, "modules": modules}
 
@@ -63,11 +72,18 @@ def load(run: RunView, saved: Mapping[str, Any]) -> None:
         work = [Work(**begun) for begun in entry["work"]]
         run.sources[entry["source"]] = SourceView(**{**entry, "settled": settled, "work": work})
     for key, entry in saved["modules"].items():
-        arrivals = {SourceId(int(s)): Arrival(**arrival) for s, arrival in entry["arrivals"].items()}
+        arrivals = {(round_, SourceId(s)): Arrival(**arrival) for round_, s, arrival in entry["arrivals"]}
         awaited = {SourceId(source) for source in entry["awaited"]}
         run.modules[ModuleKey(key)] = ModuleView(**{**entry, "awaited": awaited, "arrivals": arrivals})
+    if run.pool is not None and saved["pool"] is not None:
+        returned = [Stretch(**stretch) for stretch in saved["pool"]["returned"]]
+        run.pool = Pool(**{**saved["pool"], "returned": returned})
+        run.pool.left = run.total_steps - run.pool.done - sum(s.steps for s in returned) - run.pool.under_way
+    waiting = {IslandId(int(i)): math.inf if ready_s is None else ready_s for i, ready_s in saved["gathered"].items()}
+    run.gathered = {island: ready_s for island, ready_s in waiting.items() if island < len(run.islands)}
     run.place_sources(len(run.islands))
 
 
 def _module_json(module: ModuleView) -> dict[str, Any]:
-    return {**asdict(module), "awaited": sorted(module.awaited)}
+    arrivals = [(round_, source, asdict(arrival)) for (round_, source), arrival in module.arrivals.items()]
+    return {**asdict(replace(module, arrivals={})), "awaited": sorted(module.awaited), "arrivals": arrivals}

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 from diloco import saved_view
 from diloco.counters import Counters
 from diloco.events import Save
 from diloco.views import RunView
+
+
+class Drain(Enum):
+    """How far an interruption has come."""
+
+    no = "no"
+    tasks = "tasks"  # no new work; what was given out is finished
+    export = "export"  # islands copy what belongs to their sources
+    save = "save"  # the checkpoint is written
 
 
 class Saves:
@@ -18,6 +28,7 @@ class Saves:
         self.writing = False
         self.round = 0  # rounds in the checkpoint being written
         self.held: Save | None = None
+        self.pausing = False  # sources that run free stop for a checkpoint, and go on after it
 
     def __bool__(self) -> bool:
         return self.writing or self.held is not None

@@ -11,10 +11,11 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from diloco.messages import Commit, ModuleKey, SlotName, SourceId, Task
-from diloco.progress import SourceView
-from diloco.views import Arrival, IslandView, ModuleView, RunView
+from diloco.progress import Arrivals, IslandView, ModuleView, SourceView
+from diloco.views import RunView
 
 LEAST_ARRIVALS = 3  # of a source, before it is said to be late
 
@@ -35,7 +36,10 @@ class NoMore:
 class Schedule(ABC):
     """Pure and deterministic: the same views and time give the same answer, and nothing is written."""
 
-    def check(self, inner_steps: int, fragments: int) -> None:
+    free: ClassVar[bool] = False  # sources go on without each other, on data from a pool
+    drawn: ClassVar[bool] = False  # from the pool's shards by chance, under-served ones first; else each its own
+
+    def check(self, inner_steps: int, fragments: int, islands: int) -> None:
         """Raise ValueError where rounds of so many steps cannot have so many turns, all of the same length."""
         if inner_steps % fragments:
             down = inner_steps - inner_steps % fragments
@@ -56,6 +60,14 @@ class Schedule(ABC):
     def overdue_s(self, run: RunView) -> float | None:
         """When `commits` should be asked about all modules though nobody was heard; None = never."""
         return None
+
+    def regroup_s(self, run: RunView, now_s: float) -> float:
+        """Where sources run free: when one that has just handed over may go on."""
+        return now_s
+
+    def refuses(self, staleness: int) -> bool:
+        """Whether a contribution is not to count, since its module took so many versions meanwhile."""
+        return False
 
 
 @dataclass(kw_only=True)
@@ -95,9 +107,9 @@ class Barrier(Schedule):
                 f" schedule.late_ceiling_s={self.late_ceiling_s}"
             )
 
-    def check(self, inner_steps: int, fragments: int) -> None:
+    def check(self, inner_steps: int, fragments: int, islands: int) -> None:
         """Also, a fragment must be installed before it is sent again."""
-        super().check(inner_steps, fragments)
+        super().check(inner_steps, fragments, islands)
         if self.lag >= inner_steps:
             raise ValueError(
                 f"schedule.lag={self.lag} is not below inner_steps={inner_steps}: a fragment would be sent again"
@@ -142,6 +154,7 @@ class Barrier(Schedule):
             steps=steps,
             send=run.fragments[fragment] if ends and not self._drops(run, round_, source) else (),
             last=last,
+            round_steps=run.inner_steps,
             fragment=fragment,
             ends=ends,
             fresh=refused,
@@ -153,7 +166,7 @@ class Barrier(Schedule):
     def commits(self, run: RunView, touched: Sequence[ModuleKey], now_s: float) -> list[Commit]:
         """A commit for each module of which nobody is awaited any more, in order of source."""
         ready: list[Commit] = []
-        arrivals: dict[SourceId, Arrival] = {}
+        arrivals: Arrivals = {}
         sources: tuple[SourceId, ...] = ()
         weights: tuple[float, ...] = ()
         for key in touched:
@@ -162,8 +175,8 @@ class Barrier(Schedule):
                 continue
             if module.arrivals != arrivals:  # those of one path are most often alike
                 arrivals = module.arrivals
-                sources = tuple(sorted(arrivals))
-                weights = tuple(arrivals[source].examples for source in sources)
+                sources = tuple(sorted(source for _, source in arrivals))
+                weights = tuple(arrivals[module.round, source].examples for source in sources)
             ready.append(Commit(module=key, round=module.round, sources=sources, weights=weights))
         return ready
 

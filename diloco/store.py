@@ -100,11 +100,10 @@ class ModuleStore:
     def commit(self, commit: Commit) -> int:
         """Merge the named contributions in their order, in float32, and take one outer step. Returns the new version.
 
-        What was pushed for this round or an earlier one is dropped. The same order of sources gives the same
-        bits, whatever the order of arrival.
+        The same order of sources gives the same bits, whatever the order of arrival.
         """
         module = self._modules[commit.module]
-        keys = [(commit.round, source) for source in commit.sources]
+        keys = commit.keys
         chosen = [(module.inbox[key], module.verdicts[key]) for key in keys]
         merged = self._merge.combine((self._codec.view(c.payload) for c, _ in chosen), commit.weights)
         if commit.scale != 1.0:
@@ -118,9 +117,11 @@ class ModuleStore:
             module.update = self._coded(self._down, module, values)
         module.values = values
         module.snapshot = replace(module.snapshot, version=version, payload=payload)
-        for round_, source in [key for key in module.verdicts if key[0] <= commit.round]:
-            module.inbox.pop((round_, source), None)
-            del module.verdicts[round_, source]
+        newest = {source: round_ for round_, source in sorted(keys)} if commit.rounds else {}
+        for round_, source in list(module.verdicts):
+            if round_ <= (newest.get(source, -1) if commit.rounds else commit.round):
+                module.inbox.pop((round_, source), None)
+                del module.verdicts[round_, source]
         return module.snapshot.version
 
     def pull(self, have: Mapping[ModuleKey, int | None]) -> list[Snapshot]:
@@ -219,6 +220,9 @@ class ModuleStore:
             update_square=update_square,
             sources=step.commit.sources,
             gram=tuple(map(tuple, gram)),
+            rounds=tuple(round_ for round_, _ in step.commit.keys),
+            staleness=tuple(module.snapshot.version - 1 - sent.base_version for sent, _ in step.chosen),
+            scale=step.commit.scale,
         )
 
     def _module_from(self, key: ModuleKey, state: State) -> _Module:

@@ -69,13 +69,13 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
     try:
         shapes = backend.shapes()
         modules = config.layout.build(shapes, job.shards)
-        config.schedule.check(config.inner_steps, len(modules.fragments))
+        config.schedule.check(config.inner_steps, len(modules.fragments), config.islands)
         if config.replica is ReplicaKind.fsdp2:
             check_blocks(modules)
         if start.manifest is not None:
             ckpt.check_layout(start.manifest["layout"], modules, shapes)
         backend.setup(modules)
-        view = _view(config, corpus, modules)
+        view = resume.starting_view(config, corpus, modules)
         session = _Session(replace(start, config=config), backend, view, modules, shapes, corpus)
         if start.manifest is None:
             view.hold(backend.fill(init_from))
@@ -138,7 +138,8 @@ class _Session:
                 f"resumed with {self._config.islands} islands instead of {before}: the data was assigned anew"
             )
         sources = {source: source for source in self._view.sources if source < before}
-        self._backend.load(self._start.checkpoint, {source: IslandId(source) for source in sources})
+        islands = {source: IslandId(source) for source in sources}
+        self._backend.load(self._start.checkpoint, islands, saved["now_s"])
 
     def run(self, begun_s: float) -> Result:
         """The main loop, and what is left behind. `begun_s`: when the run was asked for, by the monotonic clock."""
@@ -246,22 +247,6 @@ class _Session:
     def _newest_checkpoint(self) -> str | None:
         names = ckpt.CheckpointFolder(self._root).names()
         return f"{self._root}/{names[-1]}" if names else None
-
-
-def _view(config: RunConfig, corpus: Corpus, modules: Modules) -> RunView:
-    view = RunView(
-        paths=modules.paths,
-        fragments=modules.fragments,
-        seed=config.seed,
-        rounds=config.rounds,
-        inner_steps=config.inner_steps,
-        segment_steps=config.segment_steps,
-        eval_every=config.eval_every,
-        save_every=config.checkpoint.every,
-        shard_examples=corpus.shard_examples(),
-    )
-    view.begin(modules, config.islands)
-    return view
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,54 +21,11 @@ from diloco.messages import (
     Task,
     Turn,
 )
-from diloco.progress import SourceView
+from diloco.pool import Pool, Stretch
+from diloco.progress import IslandView, ModuleView, SourceView
 
 REMEMBERED_TURNS = 1000  # of the last so many is known when they were opened
 OBSERVED_ARRIVALS = 16  # of a source: of the last so many is known how long they took
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arrival:
-    """A sound contribution that waits for its commit; one record for all modules that it is to."""
-
-    examples: float  # its weight
-    tokens: int  # trained on for it
-    norm: float  # over all those modules
-
-
-@dataclass(kw_only=True)
-class ModuleView:
-    """What is known of one module."""
-
-    version: int = 0  # outer steps taken
-    round: int = 0  # the round that its next commit belongs to
-    awaited: set[SourceId] = field(default_factory=set)  # who takes part in that round and was not heard yet
-    arrivals: dict[SourceId, Arrival] = field(default_factory=dict)
-    rejected: int = 0  # contributions to that round that were refused
-    dropped: int = 0  # contributions to that round that the schedule left out
-
-    @property
-    def heard(self) -> bool:
-        """Whether anybody has finished the present round."""
-        return bool(self.arrivals or self.rejected or self.dropped)
-
-
-@dataclass(kw_only=True)
-class IslandView:
-    """One island now, or the evaluator; not checkpointed, since islands come and go."""
-
-    island: IslandId
-    source: SourceId
-    alive: bool = True
-    queued: int = 0  # tasks given out and not finished
-    holds: dict[ModuleKey, int] = field(default_factory=dict)  # the versions that it has installed
-
-    def give(self, task: Task) -> dict[ModuleKey, int | None]:
-        """What is to be pulled for a task: what it does not hold, as updates on what it does."""
-        asked = {task.modules[slot]: version for slot, version in task.install.items()}
-        wants = {key: self.holds.get(key) for key, version in asked.items() if self.holds.get(key) != version}
-        self.holds |= asked
-        return wants
 
 
 @dataclass(kw_only=True)
@@ -83,6 +41,8 @@ class RunView:
     paths: tuple[Mapping[SlotName, ModuleKey], ...]
     shard_examples: list[int]  # by shard
     fragments: tuple[tuple[SlotName, ...], ...] = ()  # slots that are exchanged together; () = all at once
+    pool: Pool | None = None  # where sources run free of each other: the data that they draw from
+    gathered: dict[IslandId, float] = field(default_factory=dict)  # handed over and free -> when they may go on
     sources: dict[SourceId, SourceView] = field(default_factory=dict)
     islands: dict[IslandId, IslandView] = field(default_factory=dict)
     modules: dict[ModuleKey, ModuleView] = field(default_factory=dict)
@@ -134,10 +94,10 @@ class RunView:
             self.islands[IslandId(index)] = island = IslandView(island=IslandId(index), source=source)
             self._islands_on[view.path].append(island)
             modules = [self.modules[key] for key in self.path_of(view).values()]
-            if view.whole:
+            if view.whole and self.pool is None:
                 view.round = view.began = max(module.round for module in modules)
             for module in modules:
-                if view.segment == 0 and module.round == view.round < self.rounds:
+                if view.segment == 0 and module.round == view.round < self.rounds and self.pool is None:
                     module.awaited.add(view.source)
 
     def path_of(self, source: SourceView) -> Mapping[SlotName, ModuleKey]:
@@ -162,6 +122,10 @@ class RunView:
 
     def started(self, now_s: float) -> None:
         """From now on the present rounds are awaited."""
+        if self.pool is not None:
+            idle = [island for island, view in self.islands.items() if self.sources[view.source].idle]
+            self.gathered = {island: self.gathered.get(island, now_s) for island in idle}
+            return
         for key, module in self.modules.items():
             self.opened_s.setdefault((module.round, self.fragment_of(key)), now_s)
 
@@ -174,6 +138,68 @@ class RunView:
             module.dropped += 1
         return keys
 
+    def gather(self, island: IslandId, ready_s: float, now_s: float) -> list[IslandId]:
+        """An island is free, and may go on at `ready_s`: with it, all that wait for the same moment.
+
+        Returns those that may go on now: nobody waits once no one is left who could come.
+        """
+        self.gathered[island] = ready_s
+        alive = sum(view.alive for view in self.islands.values()) if ready_s > now_s else 0
+        if len(self.gathered) == alive:
+            self.gathered = dict.fromkeys(self.gathered, now_s)
+        return self.ready(now_s)
+
+    def ready(self, now_s: float) -> list[IslandId]:
+        """The gathered islands that may go on."""
+        return [island for island, ready_s in self.gathered.items() if ready_s <= now_s]
+
+    def staleness(self, source: SourceView, keys: Sequence[ModuleKey]) -> int:
+        """How many versions these modules have taken since the source's island installed them, at most."""
+        holds = self.islands[IslandId(source.source)].holds
+        return max(self.modules[key].version - holds.get(key, self.modules[key].version) for key in keys)
+
+    def give(self, task: Task) -> None:
+        """A task is given out."""
+        self.sources[task.source].give(task)
+        self.gathered.pop(task.island, None)
+        if self.pool is not None and task.segment == 0:
+            self.pool.give(Stretch(shard=task.shard, first_step=task.first_step, steps=task.round_steps))
+
+    def lose(self, source: SourceView) -> None:
+        """A source's island is gone; what it had not handed over is to be done again, from a pool by whoever comes."""
+        if self.pool is not None:
+            self.gathered.pop(IslandId(source.source), None)
+            for stretch in source.unfinished():
+                self.pool.give_back(stretch)
+        source.lose()
+        for key in self.path_of(source).values():
+            self.modules[key].awaited.discard(source.source)
+
+    @property
+    def total_steps(self) -> int:
+        """Inner steps of the whole run, over all sources."""
+        return self.rounds * self.inner_steps * len(self.shard_examples)
+
+    def own_shard(self, source: SourceView) -> ShardId:
+        """The shard that a source has where none are drawn."""
+        return ShardId(source.source % len(self.shard_examples))
+
+    def new_pool(self, drawn: bool) -> Pool:
+        """The data from the present round on."""
+        shards, steps = len(self.shard_examples), self.inner_steps
+        return Pool.starting(drawn, shards=shards, steps=self.rounds * steps, done=self.round * steps)
+
+    def rounds_over(self) -> int:
+        """Rounds that all modules have ended; where sources run free, those that so much data is worth."""
+        if self.pool is None:
+            return min(module.round for module in self.modules.values())
+        return self.pool.done // (self.inner_steps * len(self.shard_examples))
+
+    def hopeless(self) -> list[ModuleKey]:
+        """Where sources run free: modules to which nobody's last contribution was sound."""
+        many = len(self.sources) if self.pool is not None else math.inf
+        return [key for key, module in self.modules.items() if module.rejected >= many]
+
     def observe(self, turn: Turn, now_s: float) -> None:
         """A contribution arrived, perhaps too late: how long did it take?"""
         opened_s = self.opened_s.get((turn.round, turn.fragment))
@@ -182,6 +208,8 @@ class RunView:
 
     def open_rounds(self, keys: Sequence[ModuleKey], now_s: float) -> None:
         """Await, for a module's present round, all living islands whose path holds it and that take part by then."""
+        if self.pool is not None:
+            return  # nobody is waited for
         alike: dict[tuple[int, tuple[int, ...]], list[ModuleKey]] = {}
         for key in keys:
             alike.setdefault((self.modules[key].round, tuple(self._paths_through[key])), []).append(key)
@@ -200,7 +228,7 @@ class RunView:
         """The modules took these steps, or ended their round without one; their next round opens."""
         self.counters.outer_steps += len({self.fragment_of(commit.module) for commit in commits if commit.sources})
         distinct = {(c.sources, self.fragment_of(c.module)): self.modules[c.module].arrivals for c in commits}
-        tokens = [arrivals[source].tokens for (sources, _), arrivals in distinct.items() for source in sources]
+        tokens = [arrival.tokens for arrivals in distinct.values() for arrival in arrivals.values()]
         self.counters.accepted += len(tokens)
         self.counters.tokens += sum(tokens)
         for commit in commits:
@@ -266,4 +294,7 @@ class RunView:
             module.round, module.rejected, module.dropped = self.round, 0, 0
             module.arrivals.clear()
             module.awaited.clear()
+        if self.pool is not None:
+            self.gathered = {}
+            self.pool = self.new_pool(self.pool.drawn)
         self.open_rounds(list(self.modules), 0.0)

@@ -87,7 +87,7 @@ def test_a_checkpoint_at_a_rounds_end_knows_nothing_of_the_next(lag: int) -> Non
         for source in view["sources"]:
             assert (source["round"], source["done"], source["segment"]) == (view["round"], 0, 0)
             assert source["position"] == 6 * view["round"]
-        assert all(module["arrivals"] == {} for module in view["modules"].values())
+        assert all(module["arrivals"] == [] for module in view["modules"].values())
         assert view["counters"]["inner_steps"] == 2 * 6 * view["round"]
         index = runtime.said.index(save)
         ahead += any(

@@ -136,8 +136,11 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
-        """Give store and islands what a checkpoint holds; `sources`: source -> the island that lends it its workers."""
+    def load(self, checkpoint: str, sources: Mapping[SourceId, int], now_s: float) -> None:
+        """Give store and islands what a checkpoint holds; the clock goes on from `now_s`.
+
+        `sources`: source -> the island that lends it its workers.
+        """
 
     @abstractmethod
     def carry_out(self, command: Run | Push | CommitAll | Measure | Respawn) -> None:

@@ -111,8 +111,9 @@ class LocalBackend(Backend):
             digests |= shard.fill(self._islands[EVALUATOR].initial(placed(self._modules, index), values))
         return {number: island.adopt(digests) for number, island in self._islands.items()}
 
-    def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
+    def load(self, checkpoint: str, sources: Mapping[SourceId, int], now_s: float) -> None:
         """Reads every file at once."""
+        self._clock_s = now_s
         for index, shard in enumerate(self._shards):
             shard.load_state(ckpt.read_modules(checkpoint, placed(self._modules, index)))
         for source, island in sources.items():
@@ -224,7 +225,8 @@ class LocalBackend(Backend):
         self._free_at_s[task.island] = start_s + speed * task.steps
         heard_s = self._free_at_s[task.island] + self._latency_s
         # Waiting is virtual too: islands that take turns in one process always wait for each other.
-        report = replace(report, waiting_s=start_s - free_s if task.island in self._begun else 0.0)
+        waiting_s = start_s - free_s if task.island in self._begun else 0.0
+        report = replace(report, waiting_s=waiting_s, clock_s=speed * task.steps)
         self._begun.add(task.island)
         self._later(heard_s - self._clock_s, Finished(now_s=heard_s, report=report))
 

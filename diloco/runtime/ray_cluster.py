@@ -108,8 +108,9 @@ class RayBackend(Backend):
         asked = {number: island.adopt(digests) for number, island in self._islands.items()}
         return {number: get(refs)[0] for number, refs in asked.items()}
 
-    def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
+    def load(self, checkpoint: str, sources: Mapping[SourceId, int], now_s: float) -> None:
         """Shards and islands read their own files."""
+        self._start_s -= now_s
         self._saver.newest = checkpoint
         get([shard.load.remote(checkpoint, placed(self._modules, i)) for i, shard in enumerate(self._shards)])
         asked = {source: self._islands[IslandId(i)].load(checkpoint, source) for source, i in sources.items()}

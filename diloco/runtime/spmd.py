@@ -133,8 +133,9 @@ class SpmdBackend(Backend):
         answers = self._together(Adopt(digests))
         return {island: held for answer in answers for island, held in answer.held.items()}
 
-    def load(self, checkpoint: str, sources: Mapping[SourceId, int]) -> None:
+    def load(self, checkpoint: str, sources: Mapping[SourceId, int], now_s: float) -> None:
         """Each reads its own files."""
+        self._start_s -= now_s
         for answer in self._together(Load(checkpoint=checkpoint, sources=sources)):
             self._exported |= dict.fromkeys(answer.loaded, LOADED)
 

@@ -28,13 +28,14 @@ from diloco.data import Data
 from diloco.layout import Fragments, Outside
 from diloco.messages import Commit, ModuleKey, SourceId, Task
 from diloco.metrics import Metrics
+from diloco.progress import IslandView
 from diloco.replica import ReplicaKind
 from diloco.runtime.base import Runtime, Store
 from diloco.runtime.local import Local
 from diloco.runtime.spmd import Spmd
 from diloco.runtime.spmd_start import Roster
 from diloco.schedule import Barrier, NoMore, Schedule, Wait
-from diloco.views import IslandView, RunView
+from diloco.views import RunView
 from experiments import entry
 from tests.conftest import BASE
 from tests.toy import Constant, Line, Signalling, WithBatchNorm, digests, launch, records, wait_for, warned

@@ -1,0 +1,140 @@
+"""Schedules without a barrier: every contribution is applied as it comes, or as soon as there are a few."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from diloco.async_.speed import measured, steps_by_speed
+from diloco.messages import Commit, ModuleKey, Task
+from diloco.progress import IslandView
+from diloco.schedule import NoMore, Schedule, Wait
+from diloco.views import RunView
+
+
+@dataclass(kw_only=True)
+class FirstCome(Schedule):
+    """Asynchronous Local-SGD (arXiv:2401.09135, section 3): each contribution is an outer step, in order of arrival.
+
+    An island takes all modules, trains `inner_steps` on a shard that is due, and hands over; then it waits at most
+    `grace_s` for others, so that those which arrive within that time go on from the same weights. The outer step itself
+    waits for nobody. With `batch`, an outer step takes the mean of so many contributions (FedBuff).
+
+    Staleness is how many versions were made between what a contribution started from and its outer step. The merged
+    contribution is multiplied by (1 + staleness) ** -damping; one that is older than `max_staleness` is refused, and
+    its data is trained on again.
+    """
+
+    batch: int = 1  # contributions of an outer step
+    grace_s: float = 0.0  # .inf = until all islands are there
+    by_speed: bool = False  # slower islands take fewer steps, so that all take about as long (DyLU)
+    speeds: list[float] = field(default_factory=list)  # relative ones, one an island; empty = measured while training
+    draw: bool = True  # the next shard is drawn, under-served ones first (Eq. 2); else each island keeps its own
+    damping: float = 0.0  # 0.5 is the paper's polynomial baseline
+    max_staleness: int = -1  # -1 = any
+
+    free = True
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"schedule.batch={self.batch} must be at least 1: contributions of an outer step")
+        if not self.grace_s >= 0:
+            raise ValueError(f"schedule.grace_s={self.grace_s} must not be negative; 0 waits for nobody")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"schedule.damping={self.damping} must not be negative; 0 = none, 0.5 = the paper's")
+        if self.max_staleness < -1:
+            raise ValueError(f"schedule.max_staleness={self.max_staleness} must not be negative; -1 accepts any")
+        if any(not 0 < speed < math.inf for speed in self.speeds):
+            raise ValueError(f"schedule.speeds={self.speeds} must hold positive numbers, steps a second or relative")
+        if self.speeds and not self.by_speed:
+            raise ValueError("schedule.speeds counts only with schedule.by_speed=true")
+
+    @property
+    def drawn(self) -> bool:  # type: ignore[override]
+        """From the pool's shards by chance."""
+        return self.draw
+
+    def check(self, inner_steps: int, fragments: int, islands: int) -> None:
+        """There must be a speed for each island."""
+        if self.speeds and len(self.speeds) != islands:
+            raise ValueError(f"schedule.speeds has {len(self.speeds)} numbers for {islands} islands; give one each")
+
+    def next_task(self, island: IslandView, run: RunView, now_s: float) -> Task | Wait | NoMore:
+        """The next segment of the source's round; the first one takes the newest weights."""
+        source, pool = run.sources[island.source], run.pool
+        assert pool is not None
+        path = run.path_of(source)
+        first = source.segment == 0
+        shard, position, round_steps = source.shard, source.position, source.round_steps
+        if first:
+            if not source.idle:
+                return Wait()  # what it handed over is not judged yet
+            if run.gathered.get(island.island, now_s) > now_s:
+                return Wait(run.gathered[island.island])
+            own = run.own_shard(source)
+            stretch = pool.next(own, self.steps(island, run), run.shard_examples, run.seed)
+            if stretch is None:
+                return NoMore() if pool.exhausted else Wait()  # what others have may come back
+            shard, position, round_steps = stretch.shard, stretch.first_step, stretch.steps
+        steps = min(run.segment_steps or round_steps, round_steps - source.done)
+        last = source.done + steps == round_steps
+        return Task(
+            source=source.source,
+            island=island.island,
+            round=source.round,
+            segment=source.segment,
+            modules=path,
+            install={slot: run.modules[key].version for slot, key in path.items()} if first else {},
+            keep=0.0,
+            shard=shard,
+            first_step=position,
+            steps=steps,
+            send=tuple(path) if last else (),
+            last=last,
+            round_steps=round_steps,
+            ends=last,
+            fresh=first and source.broken,
+            attempt=source.attempt,
+            settled=tuple(source.settled),
+        )
+
+    def steps(self, island: IslandView, run: RunView) -> int:
+        """Of an island's next round."""
+        if not self.by_speed:
+            return run.inner_steps
+        speeds = list(self.speeds) or measured(run)
+        own, seen = speeds[island.source], [speed for speed in speeds if speed is not None]
+        return run.inner_steps if own is None else steps_by_speed(own, max(seen), run.inner_steps)
+
+    def commits(self, run: RunView, touched: Sequence[ModuleKey], now_s: float) -> list[Commit]:
+        """A commit for each module that has enough contributions; at the end of all data, what there is."""
+        assert run.pool is not None
+        enough = 1 if run.pool.exhausted else self.batch
+        commits = []
+        for key in touched:
+            arrivals = run.modules[key].arrivals
+            if len(arrivals) < enough:
+                continue
+            order = sorted(arrivals)
+            scales = [(1 + arrivals[place].staleness) ** -self.damping for place in order]
+            commits.append(
+                Commit(
+                    module=key,
+                    round=run.round,
+                    sources=tuple(source for _, source in order),
+                    weights=tuple(arrivals[place].examples for place in order),
+                    rounds=tuple(round_ for round_, _ in order),
+                    scale=sum(scales) / len(scales),
+                )
+            )
+        return commits
+
+    def regroup_s(self, run: RunView, now_s: float) -> float:
+        """With those that still wait for others, or as the first of the next ones."""
+        waiting_s = [ready_s for ready_s in run.gathered.values() if ready_s >= now_s]
+        return waiting_s[-1] if waiting_s else now_s + self.grace_s
+
+    def refuses(self, staleness: int) -> bool:
+        """One that is too old."""
+        return 0 <= self.max_staleness < staleness
