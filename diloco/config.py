@@ -106,6 +106,11 @@ class RunConfig:
             )
         return tuple(given)
 
+    def resolved(self) -> RunConfig:
+        """The same with all that is left to be derived from the number of islands; once, at a run's start."""
+        store = replace(self.store, shards=self.store.resolved(self.islands))
+        return replace(self, store=store, outer=self.outer.resolved(self.islands))
+
 
 # group -> choice -> class; what `register` was told
 _PARTS: dict[str, dict[str, type]] = {}
