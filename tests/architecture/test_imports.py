@@ -107,6 +107,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.runtime.spmd": {"diloco.*", "!diloco.train", "!diloco.config", "!diloco.runtime.ray_*"},
     "diloco.runtime.*": {"diloco.*", "!diloco.train", "!diloco.config", "!diloco.async_*"},
     "diloco.async_.config": {"diloco.config", "diloco.async_*"},
+    "diloco.async_.outer": {"diloco.messages", "diloco.outer", "diloco.sums"},
     "diloco.async_*": {"diloco.outer", "diloco.schedule", "diloco.async_*", *TYPES},
     "diloco.config": {"diloco.*", "!diloco.train", "!diloco.async_*"},
     "diloco.train": {"diloco.*", "!diloco.async_*"},
