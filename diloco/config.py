@@ -106,6 +106,11 @@ class RunConfig:
             )
         return tuple(given)
 
+    def resolved(self) -> RunConfig:
+        """The same with all that is left to be derived from the number of islands; once, at a run's start."""
+        store = replace(self.store, shards=self.store.resolved(self.islands))
+        return replace(self, store=store, outer=self.outer.resolved(self.islands))
+
 
 # group -> choice -> class; what `register` was told
 _PARTS: dict[str, dict[str, type]] = {}
@@ -223,7 +228,7 @@ def _register_own() -> None:
         "inner": {"adamw": inners.AdamW, "muon": inners.Muon, "sgd": inners.Sgd},
         "layout": {"whole": Whole, "fragments": Fragments},
         "schedule": {"barrier": schedules.Barrier},
-        "merge": {"mean": merges.Mean},
+        "merge": {"mean": merges.Mean, "rda": merges.RDA},
         "outer": {"sgd": outers.Sgd, "nesterov": outers.Nesterov},
         "codec": {
             "float32": codecs.Float32,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
-from diloco import buffers
+from diloco import buffers, sums
 from diloco.messages import Tensors
+
+# Of a mean of unit vectors; below it, mostly what float32 and the codec have rounded. k orthogonal ones have 1/sqrt(k).
+LEAST_LENGTH = 1e-4
 
 
 @dataclass(kw_only=True)
@@ -46,16 +51,70 @@ class Mean(Merge):
     def combine(self, deltas: Iterable[Tensors], weights: Sequence[float]) -> Tensors:
         """The mean; raises ValueError where deltas and weights differ in number or none is given."""
         shares = [1.0] * len(weights) if self.by is MeanBy.uniform else list(weights)
-        total = sum(shares)
-        if not total > 0:
-            raise ValueError(f"cannot take a mean of {len(weights)} contributions with the weights {shares}")
+        total = _total(shares)
         mean: Tensors = {}
         for delta, share in zip(deltas, shares, strict=True):
-            first = not mean
-            mean = mean or buffers.like(delta)
-            for name, value in delta.items():
-                if first:
-                    torch.mul(value.to(torch.float32), share / total, out=mean[name])
-                else:
-                    mean[name].add_(value, alpha=share / total)
+            mean = _added(mean, delta, dict.fromkeys(delta, share / total))
         return mean
+
+
+@dataclass(kw_only=True)
+class RDA(Merge):
+    """Sizes and directions averaged apart, for each tensor (Decoupled DiLoCo, arXiv:2604.21428).
+
+    (sum w |d| / sum w) phi(sum w phi(d) / sum w), with phi(x) = x / |x| and phi(0) = 0. The norm of the plain mean
+    falls as 1/sqrt(k) for k contributions that are orthogonal; this one's does not, so that the outer rate may stay
+    what it is. Parameters whose name `mean_for` matches (a regular expression, `re.search`; empty = none) get the
+    weighted mean, as the paper has it for embeddings, and so does a tensor whose directions cancel out.
+    Weights always count.
+    """
+
+    mean_for: str = r"embed|\bw[tp]e\b"  # embeddings, as models of `transformers` name them
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.mean_for)
+        except re.error as error:
+            raise ValueError(f"merge.mean_for={self.mean_for!r} is no regular expression: {error}") from error
+
+    def combine(self, deltas: Iterable[Tensors], weights: Sequence[float]) -> Tensors:
+        """The merged delta; raises ValueError where deltas and weights differ in number or none is given."""
+        total = _total(weights)
+        mean: Tensors = {}
+        directions: Tensors = {}
+        sizes: dict[str, float] = {}
+        for delta, weight in zip(deltas, weights, strict=True):
+            share = weight / total
+            norms = {name: sums.norm(value) for name, value in delta.items() if not self._takes_mean(name)}
+            mean = _added(mean, delta, dict.fromkeys(delta, share))
+            directions = _added(directions, delta, {n: share / norm if norm else 0.0 for n, norm in norms.items()})
+            sizes = {name: sizes.get(name, 0.0) + share * norm for name, norm in norms.items()}
+        for name, direction in directions.items():
+            length = sums.norm(direction)
+            if length > LEAST_LENGTH and math.isfinite(sizes[name]):
+                torch.mul(direction, sizes[name] / length, out=mean[name])
+        return mean
+
+    def _takes_mean(self, name: str) -> bool:
+        return bool(self.mean_for) and re.search(self.mean_for, name) is not None
+
+
+def _total(shares: Sequence[float]) -> float:
+    total = sum(shares)
+    if not total > 0:
+        raise ValueError(f"cannot take a mean of {len(shares)} contributions with the weights {list(shares)}")
+    return total
+
+
+def _added(into: Tensors, delta: Tensors, factors: Mapping[str, float]) -> Tensors:
+    """`into`, made here if it is empty, after `delta` times its factor was added; of the names that have a factor."""
+    if not factors:
+        return into
+    if into:
+        for name, factor in factors.items():
+            into[name].add_(delta[name], alpha=factor)
+        return into
+    into = buffers.like({name: delta[name] for name in factors})
+    for name, factor in factors.items():
+        torch.mul(delta[name].to(torch.float32), factor, out=into[name])
+    return into

@@ -20,11 +20,15 @@ class OuterOptimizer(ABC):
 
     @abstractmethod
     def init(self, params: Tensors) -> Tensors:
-        """Fresh state for `params`: named float32 tensors, so that it checkpoints as it is."""
+        """Fresh state for `params`: named tensors, so that it checkpoints as it is; float32, counters int64."""
 
     @abstractmethod
     def step(self, params: Tensors, delta: Tensors, state: Tensors) -> None:
         """One step along -`delta` (same names and shapes). Writes `params` and `state` in place, not `delta`."""
+
+    def resolved(self, islands: int) -> OuterOptimizer:
+        """The same with every setting that was left to be derived from the number of islands."""
+        return self
 
 
 @dataclass(kw_only=True)
@@ -34,7 +38,7 @@ class Sgd(OuterOptimizer):
     lr: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_lr(self.lr)
+        check_lr(self.lr)
 
     def init(self, params: Tensors) -> Tensors:
         """No state."""
@@ -58,9 +62,8 @@ class Nesterov(OuterOptimizer):
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        _check_lr(self.lr)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"outer.momentum={self.momentum} is outside [0, 1); the paper's value is 0.9")
+        check_lr(self.lr)
+        check_momentum(self.momentum)
 
     def init(self, params: Tensors) -> Tensors:
         """A momentum of zeros for each parameter."""
@@ -73,6 +76,13 @@ class Nesterov(OuterOptimizer):
             value.add_(delta[name], alpha=-self.lr).add_(momentum, alpha=-self.lr * self.momentum)
 
 
-def _check_lr(lr: float) -> None:
+def check_lr(lr: float) -> None:
+    """Raise ValueError unless this may be a rate."""
     if not 0 < lr < float("inf"):
         raise ValueError(f"outer.lr={lr} must be a positive number")
+
+
+def check_momentum(momentum: float) -> None:
+    """Raise ValueError unless this may be a momentum."""
+    if not 0 <= momentum < 1:
+        raise ValueError(f"outer.momentum={momentum} is outside [0, 1); the papers' value is 0.9")

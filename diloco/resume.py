@@ -78,8 +78,7 @@ def starting_folder(init_from: str) -> str:
 
 def _resumed(config: RunConfig, directory: Path) -> Start:
     saved = configuration.load(directory / "config.yaml")
-    if config.store.shards == 0:  # derived once, at the run's start
-        config = replace(config, store=saved.store)
+    config = _as_begun(config, saved)
     differing = _differences(saved, config)
     if differing:
         raise ValueError(
@@ -95,6 +94,17 @@ def _resumed(config: RunConfig, directory: Path) -> Start:
     if saved.workers != config.workers:
         notes += (f"resumed with workers={config.workers} instead of {saved.workers}: sums have another order",)
     return Start(config=config, directory=directory, checkpoint=path, manifest=manifest, notes=notes)
+
+
+def _as_begun(config: RunConfig, saved: RunConfig) -> RunConfig:
+    """`config` with what it leaves to be derived as the run has derived it, once, at its start."""
+    if config.store.shards == 0:
+        config = replace(config, store=saved.store)
+    if type(config.outer) is type(saved.outer):
+        derived = vars(config.outer.resolved(1))  # whatever the number: to see which settings are left open
+        kept = {name: vars(saved.outer)[name] for name, value in vars(config.outer).items() if derived[name] != value}
+        config = replace(config, outer=replace(config.outer, **kept))
+    return config
 
 
 def _differences(saved: RunConfig, given: RunConfig) -> list[str]:

@@ -20,8 +20,11 @@ def bytes_data_parallel(parameters: int, counters: Counters, islands: int) -> in
 
 
 def outer_state_sha256(digests: dict[str, str]) -> str:
-    """One digest of all outer state tensors, whatever shards hold them: over `name digest` lines in order of name."""
-    by_parameter = sorted((name.partition(":")[2], digest) for name, digest in digests.items())
+    """One digest of all outer state tensors, whatever shards hold them: over `name digest` lines in order of name.
+
+    A line that several modules have, such as that of a counter, counts once.
+    """
+    by_parameter = sorted({(name.partition(":")[2], digest) for name, digest in digests.items()})
     return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in by_parameter).encode()).hexdigest()
 
 

@@ -52,9 +52,7 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
         return Result(summary=dict(told), directory=Path(told["run_directory"]))
     config.metrics.check()
     start = resume.resolve(config, directory)
-    config = replace(
-        start.config, store=replace(start.config.store, shards=start.config.store.resolved(config.islands))
-    )
+    config = start.config.resolved()
     job = make_job(config)
     init_from = resume.starting_folder(config.init_from) if config.init_from and not start.checkpoint else ""
     _say("preparing the corpus and the tokenizer")

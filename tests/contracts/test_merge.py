@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from diloco.merge import Mean, MeanBy, Merge
+from diloco.merge import RDA, Mean, MeanBy, Merge
 from diloco.messages import Tensors
 
 Arrays = NDArray[np.float64]
@@ -27,9 +27,21 @@ def by_examples(values: Arrays, weights: Sequence[float]) -> Arrays:
     return result
 
 
+def sizes_and_directions(values: Arrays, weights: Sequence[float]) -> Arrays:
+    flat = values.reshape(len(values), -1)
+    sizes = np.linalg.norm(flat, axis=1)
+    if not sizes.any():
+        return by_examples(values, weights)
+    direction = by_examples(flat / sizes[:, None], weights)
+    result: Arrays = np.average(sizes, weights=weights) * direction / np.linalg.norm(direction)
+    return result.reshape(values.shape[1:])
+
+
 ROWS = {
     "mean_uniform": Row(Mean(by=MeanBy.uniform), lambda values, _: values.mean(axis=0)),
     "mean_examples": Row(Mean(by=MeanBy.examples), by_examples),
+    "rda": Row(RDA(), sizes_and_directions),
+    "rda_mean": Row(RDA(mean_for="matrix|scalar"), by_examples),
 }
 WEIGHTS = [10.0, 20.0, 5.0, 65.0]
 
@@ -79,7 +91,7 @@ def test_weights_are_normalised(row: Row) -> None:
 def test_equal_deltas_give_that_delta(row: Row) -> None:
     """Nothing is divided twice or not at all (the mean of k equal values is the value)."""
     deltas = [{"p": torch.full((3,), 0.75)} for _ in range(4)]
-    assert row.merge.combine(deltas, [8.0, 8.0, 8.0, 8.0])["p"].tolist() == [0.75] * 3
+    assert row.merge.combine(deltas, [8.0, 8.0, 8.0, 8.0])["p"].tolist() == pytest.approx([0.75] * 3, rel=1e-6)
 
 
 def test_the_same_order_gives_the_same_bits_whatever_the_container(row: Row) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diloco.async_.outer import DelayedNesterov, HeLoCo
 from diloco.messages import Tensors
 from diloco.outer import Nesterov, OuterOptimizer, Sgd
 
@@ -16,9 +17,13 @@ from diloco.outer import Nesterov, OuterOptimizer, Sgd
 @dataclass(frozen=True)
 class Row:
     outer: OuterOptimizer
-    reference: Callable[[list[Tensor]], torch.optim.Optimizer]  # torch's own, with the same settings
+    reference: Callable[[list[Tensor]], torch.optim.Optimizer] | None  # torch's own, which each step equals
     has_state: bool
     by_hand: float  # where a parameter that was 0 is after four steps with a delta of 1
+
+
+def torch_nesterov(params: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.7, momentum=0.9, nesterov=True)
 
 
 ROWS = {
@@ -26,7 +31,7 @@ ROWS = {
     # m = 1, 1.9, 2.71, 3.439; steps of 1 + .9 m = 1.9, 2.71, 3.439, 4.0951, in sum 12.1441, times .7
     "nesterov": Row(
         Nesterov(lr=0.7, momentum=0.9),
-        lambda p: torch.optim.SGD(p, lr=0.7, momentum=0.9, nesterov=True),
+        torch_nesterov,
         True,
         -8.50087,
     ),
@@ -34,6 +39,11 @@ ROWS = {
     "nesterov_low": Row(
         Nesterov(lr=0.4, momentum=0.5), lambda p: torch.optim.SGD(p, lr=0.4, momentum=0.5, nesterov=True), True, -2.825
     ),
+    "delayed_nesterov_1": Row(DelayedNesterov(lr=0.7, momentum=0.9, delay=1), torch_nesterov, True, -8.50087),
+    # four of weight 1/4, and m = 1 once: .7 (1 + .9)
+    "delayed_nesterov_4": Row(DelayedNesterov(lr=0.7, momentum=0.9, delay=4), None, True, -1.33),
+    "heloco_off": Row(HeLoCo(lr=0.7, momentum=0.9, aligned=0.0, damping=0.0), torch_nesterov, True, -8.50087),
+    "heloco": Row(HeLoCo(lr=0.7, momentum=0.9), None, True, -8.50087),  # what is parallel is left alone
 }
 
 
@@ -48,7 +58,11 @@ def random_tensors(seed: int) -> Tensors:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS.values() if row.reference], ids=[n for n in ROWS if ROWS[n].reference]
+)
 def test_many_steps_equal_torch(row: Row) -> None:
+    assert row.reference is not None
     params = random_tensors(0)
     theirs = {name: value.clone().requires_grad_() for name, value in params.items()}
     optimizer = row.reference(list(theirs.values()))
@@ -88,11 +102,13 @@ def test_params_and_state_are_written_in_place_and_the_delta_is_not(row: Row) ->
         assert not torch.equal(params[name], before[name]), f"{name} did not move"
 
 
-def test_state_is_named_float32_and_not_empty_after_a_step(row: Row) -> None:
+def test_state_is_named_and_not_empty_after_a_step(row: Row) -> None:
     params, delta = random_tensors(0), random_tensors(1)
     state = row.outer.init(params)
     row.outer.step(params, delta, state)
-    assert all(value.dtype == torch.float32 for value in state.values())
+    assert all(
+        value.dtype == torch.float32 or value.dtype == torch.int64 and value.ndim == 0 for value in state.values()
+    )
     moved = [name for name, value in state.items() if value.count_nonzero()]
     assert bool(moved) == row.has_state
     for name in params:  # each tensor of the state says whose it is, so that it can be digested by parameter
@@ -103,7 +119,7 @@ def test_state_shares_no_storage_with_params(row: Row) -> None:
     params = random_tensors(0)
     before = {name: value.clone() for name, value in params.items()}
     for value in row.outer.init(params).values():
-        value.fill_(7.0)
+        value.fill_(7)
     for name, value in params.items():
         assert torch.equal(value, before[name])
 
@@ -146,13 +162,22 @@ def test_sgd_with_rate_one_takes_the_mean_of_the_islands() -> None:
 
 
 @pytest.mark.parametrize("lr", [0.0, -0.1, float("inf"), float("nan")])
-@pytest.mark.parametrize("part", [Sgd, Nesterov])
-def test_a_rate_that_is_no_positive_number_is_refused(part: type[Sgd] | type[Nesterov], lr: float) -> None:
+@pytest.mark.parametrize("part", [Sgd, Nesterov, DelayedNesterov, HeLoCo])
+def test_a_rate_that_is_no_positive_number_is_refused(
+    part: type[Sgd | Nesterov | DelayedNesterov | HeLoCo], lr: float
+) -> None:
     with pytest.raises(ValueError, match=r"outer\.lr"):
         part(lr=lr)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, 1.5, float("nan")])
-def test_a_momentum_outside_its_range_is_refused(momentum: float) -> None:
+@pytest.mark.parametrize("part", [Nesterov, DelayedNesterov, HeLoCo])
+def test_a_momentum_outside_its_range_is_refused(
+    part: type[Nesterov | DelayedNesterov | HeLoCo], momentum: float
+) -> None:
     with pytest.raises(ValueError, match=r"outer\.momentum"):
-        Nesterov(momentum=momentum)
+        part(momentum=momentum)
+
+
+def test_what_is_not_left_open_is_not_resolved(row: Row) -> None:
+    assert row.outer.resolved(5) == row.outer
