@@ -60,8 +60,8 @@ class Display:
                 self._islands.setdefault(int(_amount(record, "island")), {}).update(record)
             case "commit":
                 self._sent_bytes = _amount(record, "total/bytes_sent")
-                if _amount(record, "fragment") + 1 < _amount(record, "fragments"):
-                    return  # only the last fragment's step ends a round
+                if _amount(record, "fragment") + 1 < _amount(record, "fragments") or record["round"] == self._round:
+                    return  # only the last fragment's step ends a round, and without a barrier only one of many
                 self._round = int(_amount(record, "round"))
                 self._commits.append((self._round, self._now[0], _amount(record, "total/tokens")))
                 self._say(self._commit_line(), show=self._live is None)

@@ -56,9 +56,11 @@ class Island:
         accumulation: int,
         seed: int,
         total_steps: int,
+        pause_s: float = 0.0,
     ) -> None:
+        """`pause_s`: slept after each inner step, so that this island is slower than it is."""
         self._workload, self._corpus, self._inner, self._codec = workload, corpus, inner, codec
-        self._accumulation, self._seed, self._total_steps = accumulation, seed, total_steps
+        self._accumulation, self._seed, self._total_steps, self._pause_s = accumulation, seed, total_steps, pause_s
         self.world, self.saves = replica.world, replica.saves
         self._replica, self._device = replica, replica.world.device
         self._dtype = inner.compute_dtype(self._device.type)
@@ -125,6 +127,8 @@ class Island:
             losses.append(loss)
             norms.append(norm)
             tokens += step_tokens
+            if self._pause_s:
+                time.sleep(self._pause_s)
         if self._fresh_since == task.first_step and task.steps:
             metrics["inner/fresh_state"] = 1.0
         if losses:

@@ -46,7 +46,7 @@ def outcome(counters: Counters, *, islands: int, parameters: int, wall_s: float)
         "bytes_inside": counters.bytes_inside,
         "bytes_sent": counters.bytes_sent,
         "bytes_data_parallel": bytes_data_parallel(parameters, counters, islands),
-        "contributions": {"accepted": counters.accepted, "rejected": counters.rejected, "late": counters.late},
+        "contributions": {name: vars(counters)[name] for name in ("accepted", "rejected", "late", "stale")},
         "islands_lost": counters.islands_lost,
         "islands_joined": counters.islands_joined,
         "waiting_s": round(counters.waiting_s, 3),

@@ -188,7 +188,7 @@ class _Session:
                 for command in coordinator.handle(event):
                     match command:
                         case Log():
-                            writer.write(command.record)
+                            writer.write({**command.record, "clock_s": event.now_s})
                         case Save():
                             self._save(command, writer)
                         case Stop():

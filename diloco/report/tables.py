@@ -47,7 +47,7 @@ def _figure(key: str, form: Callable[[float], str]) -> Callable[[Run], str]:
 
 def _contributions(run: Run) -> str:
     told = run.summary.get("contributions")
-    return " / ".join(str(told.get(key, NONE)) for key in ("accepted", "rejected", "late")) if told else NONE
+    return " / ".join(str(told.get(key, NONE)) for key in ("accepted", "rejected", "late", "stale")) if told else NONE
 
 
 def _members(run: Run) -> str:
@@ -76,7 +76,7 @@ FIGURES: Mapping[str, Callable[[Run], str]] = {
     "inner steps": _plain("inner_steps"),
     "rounds": _plain("rounds"),
     "parameters": _figure("parameters", format_count),
-    "accepted / rejected / late": _contributions,
+    "accepted / rejected / late / stale": _contributions,
     "lost / joined": _members,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from diloco.events import CommitAll, Event, Measure, Push, Respawn, Run
 from diloco.inner import Inner
 from diloco.island import Island
 from diloco.merge import Merge
-from diloco.messages import IslandId, ModuleKey, Modules, Shape, SourceId
+from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SourceId
 from diloco.outer import OuterOptimizer
 from diloco.replica import Ddp, Replica, ReplicaKind, Single
 from diloco.schedule import Schedule
@@ -64,6 +64,7 @@ class Job:
     threads_per_worker: int
     gpus_per_worker: float
     imports: tuple[str, ...]
+    pauses_s: tuple[float, ...] = ()  # after each inner step of an island, to make it slow; () = none
 
     @property
     def islands(self) -> int:
@@ -74,7 +75,7 @@ class Job:
         """The prepared corpus, from the cache of this machine where it is there."""
         return self.workload.corpus(self.data, seed=self.seed, shards=self.islands)
 
-    def make_island(self, corpus: Corpus, world: World) -> Island:
+    def make_island(self, corpus: Corpus, world: World, number: IslandId = EVALUATOR) -> Island:
         """An island, or the evaluator; where it has several workers, what one of them holds."""
         workload = copy.deepcopy(self.workload)  # it may keep state of its source
         return Island(
@@ -87,6 +88,7 @@ class Job:
             accumulation=self.data.accumulation,
             seed=self.seed,
             total_steps=self.total_steps,
+            pause_s=self.pauses_s[number] if self.pauses_s and number != EVALUATOR else 0.0,
         )
 
     def _make_replica(self, model: nn.Module, world: World) -> Replica:
@@ -193,6 +195,12 @@ class Runtime(ABC):
     @abstractmethod
     def open(self, job: Job) -> Backend:
         """Check that `job` can run here (ValueError: what was asked, what there is) and prepare to start it."""
+
+
+def one_each(key: str, numbers: Sequence[float], islands: int) -> None:
+    """Raise ValueError where `numbers`, if there are any, are not one for each island."""
+    if numbers and len(numbers) != islands:
+        raise ValueError(f"{key} has {len(numbers)} numbers for {islands} islands; give one each")
 
 
 def placed(modules: Modules, shard: int) -> list[ModuleKey]:

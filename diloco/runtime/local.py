@@ -41,7 +41,7 @@ from diloco.messages import (
     Task,
     Turn,
 )
-from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, placed
+from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, one_each, placed
 from diloco.workers import World
 
 
@@ -60,11 +60,7 @@ class Local(Runtime):
 
     def open(self, job: Job) -> Backend:
         """Checks that there is a speed for each island."""
-        if self.seconds_per_step and len(self.seconds_per_step) != job.islands:
-            raise ValueError(
-                f"runtime.seconds_per_step has {len(self.seconds_per_step)} numbers for {job.islands} islands;"
-                " give one each"
-            )
+        one_each("runtime.seconds_per_step", self.seconds_per_step, job.islands)
         if job.gpus_per_worker > 0 and not torch.cuda.is_available():
             raise ValueError(f"gpus_per_worker={job.gpus_per_worker:g}: there is no CUDA device here; use 0")
         return LocalBackend(job, self.seconds_per_step or [1.0] * job.islands, self.latency_s)

@@ -43,7 +43,7 @@ class WorkerShell:
     """One worker of an island, or the evaluator. All workers of an island are asked the same, in the same order."""
 
     def __init__(self, job: Job, island: IslandId, rank: int) -> None:
-        self._job, self._rank = job, rank
+        self._job, self._number, self._rank = job, island, rank
         self._size = 1 if island == EVALUATOR else job.workers[island]
         self._gpus = 0.0 if island == EVALUATOR else job.gpus_per_worker
         self._frozen: dict[tuple[SourceId, int], State] = {}  # by source and round
@@ -68,7 +68,7 @@ class WorkerShell:
                 device=device,
                 shared=self._gpus < 1,
             )
-        self._island = self._job.make_island(self._job.corpus(), world)
+        self._island = self._job.make_island(self._job.corpus(), world, self._number)
         return self._island.shapes()
 
     @ray.method(concurrency_group="ping")

@@ -6,10 +6,11 @@ fetches are reports, verdicts and statistics.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,7 @@ from diloco.events import (
     Tick,
 )
 from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SlotName, SourceId, Task, Turn
-from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, placed
+from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, one_each, placed
 from diloco.runtime.ray_actors import spawn_shard
 from diloco.runtime.ray_island import RayIsland, shard_nodes
 from diloco.runtime.ray_refs import Pending, Ref, cause, died, get, get_all, mistake, raise_errors, short
@@ -51,15 +52,20 @@ class RayCluster(Runtime):
     address: str = ""
     tick_s: float = 1.0  # how often the coordinator hears of the time
     object_store_bytes: int = 0  # where Ray is started here; 0 = what a few rounds need
+    slowdown: list[float] = field(default_factory=list)  # seconds to sleep after each inner step, one number an island
 
     def __post_init__(self) -> None:
         if not self.tick_s > 0:
             raise ValueError(f"runtime.tick_s={self.tick_s} must be positive")
         if self.object_store_bytes != 0 and self.object_store_bytes < 80 << 20:
             raise ValueError(f"runtime.object_store_bytes={self.object_store_bytes} is below 80 MiB; 0 derives it")
+        if any(not 0 <= seconds < float("inf") for seconds in self.slowdown):
+            raise ValueError(f"runtime.slowdown={self.slowdown} must hold seconds, none of them negative")
 
     def open(self, job: Job) -> Backend:
         """Connects, or starts Ray; refuses more islands than can be placed."""
+        one_each("runtime.slowdown", self.slowdown, job.islands)
+        job = replace(job, pauses_s=tuple(self.slowdown))
         ours = connect(job, address=self.address, object_store_bytes=self.object_store_bytes)
         return RayBackend(job, tick_s=self.tick_s, shut_down=ours)
 
@@ -77,7 +83,7 @@ class RayBackend(Backend):
         self._events: deque[Event] = deque()
         self._sent: dict[Turn, list[tuple[int, Ref]]] = {}
         self._revived: dict[IslandId, int] = {}  # times since it last finished a task
-        self._saver = Saver(self._pending, self._on_saved)
+        self._saver = Saver(self._pending, lambda **told: self._events.append(Saved(now_s=self.now_s(), **told)))
         self._interrupted = False
 
     # --- start ---
@@ -142,20 +148,18 @@ class RayBackend(Backend):
         """In other threads of the actors."""
         self._saver.save(self._shards, root, name, manifest, keep)
 
-    def _on_saved(self, path: str, seconds: float, error: str) -> None:
-        self._events.append(Saved(now_s=self.now_s(), path=path, seconds=seconds, error=error))
-
     # --- events ---
 
     def next_event(self, wake_s: Callable[[], float | None]) -> Event:
-        """Waits for the first answer; a Tick when none comes for a while."""
+        """Waits for the first answer; a Tick when none comes for a while, or up to `wake_s()`."""
         while True:
             if self._interrupted:
                 self._interrupted = False
                 return Interrupted(now_s=self.now_s())
             if self._events:
                 return self._events.popleft()
-            if not self._pending.wait(self._tick_s):
+            wake = wake_s() or math.inf
+            if not self._pending.wait(min(self._tick_s, max(0.0, wake - self.now_s()))):
                 return Tick(now_s=self.now_s())
 
     def now_s(self) -> float:
@@ -171,8 +175,7 @@ class RayBackend(Backend):
     def finish(self, present: Run, folder: str | None, prompt: str) -> Final:
         """On the evaluator; only digests and the sample come back."""
         snapshots = self._puller.pull(self._nodes[EVALUATOR], EVALUATOR, present.wants)
-        told = self._islands[EVALUATOR].finish(present.task, snapshots, folder, prompt)
-        parameters, digest, sample = get(told)
+        parameters, digest, sample = get(self._islands[EVALUATOR].finish(present.task, snapshots, folder, prompt))
         digests = get([shard.outer_digests.remote() for shard in self._shards])
         return Final(
             parameters=parameters,

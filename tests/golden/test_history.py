@@ -105,7 +105,7 @@ def test_poison_by_hand() -> None:
 
 def test_poison_is_counted_and_named(runs: Path) -> None:
     result = launch(runs / "run", **{**BASE, **VARIANTS["poisoned"]})
-    assert result.summary["contributions"] == {"accepted": 2 * ROUNDS - 1, "rejected": 1, "late": 0}
+    assert result.summary["contributions"] == {"accepted": 2 * ROUNDS - 1, "rejected": 1, "late": 0, "stale": 0}
     assert result.summary["tokens"] == (2 * ROUNDS - 1) * STEPS
     assert any("source 1" in message and "round 1" in message for message in warned(runs / "run"))
 

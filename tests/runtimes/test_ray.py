@@ -208,7 +208,7 @@ def test_an_island_killed_by_pid_is_started_again_and_takes_part(start: Start, r
     assert not flag.exists()
     assert result.summary["status"] == "finished"
     assert (result.summary["islands_lost"], result.summary["islands_joined"]) == (1, 1)
-    assert result.summary["contributions"] == {"accepted": 2 + 1 + 1 + 1 + 2 + 2, "rejected": 0, "late": 0}
+    assert result.summary["contributions"] == {"accepted": 2 + 1 + 1 + 1 + 2 + 2, "rejected": 0, "late": 0, "stale": 0}
     contributors = [record["outer/contributors"] for record in records(result.directory, "commit")]
     assert contributors == [[0, 1], [0], [0], [0], [0, 1], [0, 1]]
     steps = [record["step"] for record in records(result.directory, "segment") if record["island"] == 1]
