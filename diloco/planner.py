@@ -74,7 +74,8 @@ def lines(plan: Plan) -> tuple[str, str]:
 def rows(plan: Plan, *, rounds: int) -> list[tuple[str, str]]:
     """All that can be said of a plan: names and texts."""
     up, down = format_bytes(plan.bytes_up), format_bytes(plan.bytes_down)
-    total = rounds * plan.islands * (plan.bytes_up + plan.bytes_down)
+    # What islands start with they built themselves, and what came of the last round they do not install.
+    total = plan.islands * (rounds * plan.bytes_up + (rounds - 1) * plan.bytes_down)
     found = [
         ("parameters", _model(plan)),
         ("on the wire as", f"{plan.bits_up:g} bits a parameter up, {plan.bits_down:g} down"),
