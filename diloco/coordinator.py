@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from diloco import hearing, records, saved_view
+from diloco import hearing, records, saved_view, tasks
 from diloco.events import (
     Command,
     CommitAll,
@@ -114,7 +114,7 @@ class Coordinator:
         if not island.alive or island.queued == 0:
             return []  # fenced: it was given up for lost, and its work was given out again
         self._queue(island, -1)
-        source.trained(report)
+        source.trained(report, event.now_s)
         self.run.count(report)
         commands: list[Command] = [] if task.steps == 0 else [records.segment(report)]
         if "inner/fresh_state" in report.metrics:
@@ -203,7 +203,7 @@ class Coordinator:
         wake_s = self.wake_s()
         if wake_s is None or wake_s > self._now_s:
             return []
-        return self._commit_ready([key for key, module in self.run.modules.items() if module.awaited])
+        return self._commit_ready([key for key, m in self.run.modules.items() if m.awaited or m.arrivals])
 
     def _commit_ready(self, touched: list[ModuleKey]) -> list[Command]:
         if self._saves.held is not None:
@@ -229,7 +229,7 @@ class Coordinator:
         """What follows an outer step; with what else follows where all modules have ended the present round."""
         before, over = self.run.round, self.run.rounds_over()
         if over == before:
-            return [*(self._dispatch(self.run.islands) if len(self.run.fragments) > 1 else []), *measure]
+            return [*(self._dispatch(self.run.islands) if self._schedule.by_fragment else []), *measure]
         self.run.round = over
         due = any(self.run.eval_due(round_) for round_ in range(before + 1, over + 1))
         save: list[Save] = []
@@ -256,7 +256,7 @@ class Coordinator:
         return commands
 
     def _give(self, task: Task, island: IslandView) -> Run:
-        self.run.give(task)
+        self.run.give(task, self._now_s)
         run = Run(task=task, wants=island.give(task), ahead=island.queued > 0)
         self._queue(island, 1)
         return run
@@ -267,7 +267,7 @@ class Coordinator:
 
     def _evaluation(self) -> Run:
         self._asked += 1
-        task = self.run.evaluation()
+        task = tasks.evaluation(self.run)
         return Run(task=task, wants=self.run.evaluator.give(task))
 
     def _settle(self) -> list[Command]:
@@ -280,10 +280,10 @@ class Coordinator:
         if self._draining is Drain.tasks:
             self._draining = Drain.export
             alive = [island for island in self.run.islands.values() if island.alive]
-            tasks = [self.run.bare_task(island.island, self.run.sources[island.source]) for island in alive]
+            asked = [tasks.bare(self.run, island.island, self.run.sources[island.source]) for island in alive]
             for island in alive:
                 self._queue(island, 1)
-            return [Run(task=replace(task, save=True), wants={}) for task in tasks]
+            return [Run(task=replace(task, save=True), wants={}) for task in asked]
         if self._draining is Drain.export:
             self._draining = Drain.save
             name = f"round-{self.run.round:06d}" if self._saves.pausing else saved_view.checkpoint_name(self.run)

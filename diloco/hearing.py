@@ -18,19 +18,23 @@ def heard(event: Received, source: SourceView, run: RunView, schedule: Schedule)
     work = source.hand_over(turn.round, turn.fragment)
     run.observe(turn, event.now_s)
     modules = [run.modules[key] for key in keys]
-    if run.pool is None and not all(m.round == turn.round and source.source in m.awaited for m in modules):
+    if work:
+        run.pushes_s.append(event.now_s - work[-1].ended_s)
+    if not schedule.counts(run, turn, keys):
+        _account(work, run)
         return [late(event, run)]
     bad = [verdict for verdict in event.verdicts if not verdict.good]
     staleness = run.staleness(source, keys)
     stale = not bad and schedule.refuses(staleness)
     source.settle(Settled(round=turn.round, fragment=turn.fragment, accepted=not bad and not stale))
-    if run.pool is not None:
-        _account(work, run, in_vain=stale)
+    _account(work, run, in_vain=stale)
     arrival = Arrival(
         examples=float(run.shard_examples[work[-1].shard if work else source.shard]),
         tokens=sum(done.tokens for done in work),
         norm=math.hypot(*[verdict.norm for verdict in event.verdicts]),
         staleness=staleness,
+        steps=source.sent.get(turn.fragment, 0) - source.got.get(turn.fragment, 0),
+        now_s=event.now_s,
     )
     for module in modules:
         module.awaited.discard(source.source)
@@ -54,9 +58,9 @@ def late(event: Received, run: RunView) -> Log:
     return records.late(event, run.round)
 
 
-def _account(work: list[Work], run: RunView, *, in_vain: bool) -> None:
-    assert run.pool is not None
-    for done in work:
+def _account(work: list[Work], run: RunView, *, in_vain: bool = False) -> None:
+    for done in work if run.pool is not None else []:
+        assert run.pool is not None
         if in_vain:
             run.pool.give_back(done.stretch)
         else:

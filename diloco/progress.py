@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from diloco.messages import IslandId, ModuleKey, Report, Settled, ShardId, SourceId, Task
 from diloco.pool import Stretch
 
+LEAST_PACE_S = 1e-9  # so that one can divide by it
 REMEMBERED_PACES = 9  # tasks by which a source's speed is told
 TOLD_ROUNDS = 2  # for how many rounds the fate of a contribution is told: longer than any install takes
 
@@ -21,6 +23,7 @@ class Work:
     shard: ShardId
     start: int  # the source's position at their first
     steps: int = 0  # given out of them so far
+    ended_s: float = 0.0  # when the last of them was heard of
     tokens: int = 0  # trained on so far
 
     @property
@@ -47,6 +50,10 @@ class SourceView:
     attempt: int = 0  # how often its work was lost
     work: list[Work] = field(default_factory=list)
     settled: list[Settled] = field(default_factory=list)
+    free_s: float = 0.0  # when it is expected to be through with what it was given
+    taken: int = 0  # steps that it was given in all
+    sent: dict[int, int] = field(default_factory=dict)  # by fragment: `taken` when it was last to be sent
+    got: dict[int, int] = field(default_factory=dict)  # by fragment: `taken` when it was last installed
     broken: bool = False  # its last contribution was not finite: it is to start afresh
     paces_s: list[float] = field(default_factory=list)  # seconds a step of its last tasks
 
@@ -61,18 +68,20 @@ class SourceView:
         self.broken = self.broken and not task.fresh
         self.work[-1].steps += task.steps
         self.position += task.steps
+        self.taken += task.steps
         self.done += task.steps
         self.segment += 1
         if task.last:
             self.round, self.segment, self.done = self.round + 1, 0, 0
 
-    def trained(self, report: Report) -> None:
+    def trained(self, report: Report, now_s: float) -> None:
         """A task of its present work is finished."""
         if report.task.steps:
             self.paces_s = [*self.paces_s, report.clock_s / report.task.steps][-REMEMBERED_PACES:]
         for work in self.work:
             if (work.round, work.fragment) == (report.task.round, report.task.fragment):
                 work.tokens += report.tokens
+                work.ended_s = now_s
 
     def hand_over(self, round_: int, fragment: int) -> list[Work]:
         """The work up to a turn, dropped ones included, has left the island. Returns it."""
@@ -83,6 +92,11 @@ class SourceView:
     def settle(self, settled: Settled) -> None:
         """Remember what became of a contribution, to be told with each task for a while."""
         self.settled = [s for s in self.settled if s.round > settled.round - TOLD_ROUNDS] + [settled]
+
+    @property
+    def pace_s(self) -> float | None:
+        """Seconds a step, in the median of its last tasks, so that one slow one changes nothing."""
+        return max(statistics.median(self.paces_s), LEAST_PACE_S) if self.paces_s else None
 
     @property
     def idle(self) -> bool:
@@ -121,6 +135,8 @@ class Arrival:
     tokens: int  # trained on for it
     norm: float  # over all those modules
     staleness: int = 0  # versions that they took while it was made, when it arrived
+    steps: int = 0  # trained since those modules were installed
+    now_s: float = 0.0  # when it arrived
 
 
 Arrivals: TypeAlias = dict[tuple[int, SourceId], Arrival]  # by the source's round, and the source

@@ -121,7 +121,7 @@ def starting_view(config: RunConfig, corpus: Corpus, modules: Modules) -> RunVie
     """What the coordinator knows at a run's start."""
     view = RunView(
         paths=modules.paths,
-        fragments=() if config.schedule.free else modules.fragments,
+        fragments=modules.fragments if config.schedule.by_fragment else (),
         seed=config.seed,
         rounds=config.rounds,
         inner_steps=config.inner_steps,

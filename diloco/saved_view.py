@@ -29,6 +29,9 @@ def to_json(run: RunView, now_s: float = 0.0) -> dict[str, Any]:
     """As it is now, by the runtime's clock."""
     return {
         "now_s": now_s,
+        "holds": {number: island.holds for number, island in run.islands.items()},
+        "turn_ends_s": run.turn_ends_s,
+        "pushes_s": list(run.pushes_s),
         "pool": None if run.pool is None else asdict(run.pool),
         "gathered": {island: ready_s if ready_s < math.inf else None for island, ready_s in run.gathered.items()},
         "round": run.round,
@@ -46,7 +49,7 @@ def at_round_end(run: RunView) -> dict[str, Any]:
     """
     saved = {**to_json(run), "counters": asdict(run.counters.minus(run.ahead))}
     if any(module.round != run.round for module in run.modules.values()):
-        return saved  # paths that are further
+        return {**saved, "holds": {}}  # paths that are further
     sources = []
     for source in run.sources.values():
         before = replace(source)
@@ -59,7 +62,7 @@ def at_round_end(run: RunView) -> dict[str, Any]:
     for key, module in run.modules.items():
         awaited = module.awaited | {source for _, source in module.arrivals}
         modules[key] = _module_json(ModuleView(version=module.version, round=module.round, awaited=awaited))
-    return {**saved, "sources": sources, "modules": modules}
+    return {**saved, "sources": sources, "modules": modules, "holds": {}}
 
 
 def load(run: RunView, saved: Mapping[str, Any]) -> None:
@@ -70,7 +73,8 @@ def load(run: RunView, saved: Mapping[str, Any]) -> None:
     for entry in saved["sources"]:
         settled = [Settled(**told) for told in entry["settled"]]
         work = [Work(**begun) for begun in entry["work"]]
-        run.sources[entry["source"]] = SourceView(**{**entry, "settled": settled, "work": work})
+        by_fragment = {name: {int(k): v for k, v in entry[name].items()} for name in ("sent", "got")}
+        run.sources[entry["source"]] = SourceView(**{**entry, "settled": settled, "work": work, **by_fragment})
     for key, entry in saved["modules"].items():
         arrivals = {(round_, SourceId(s)): Arrival(**arrival) for round_, s, arrival in entry["arrivals"]}
         awaited = {SourceId(source) for source in entry["awaited"]}
@@ -79,9 +83,14 @@ def load(run: RunView, saved: Mapping[str, Any]) -> None:
         returned = [Stretch(**stretch) for stretch in saved["pool"]["returned"]]
         run.pool = Pool(**{**saved["pool"], "returned": returned})
         run.pool.left = run.total_steps - run.pool.done - sum(s.steps for s in returned) - run.pool.under_way
+    run.turn_ends_s = {int(turn): end_s for turn, end_s in saved["turn_ends_s"].items()}
+    run.pushes_s.extend(saved["pushes_s"])
     waiting = {IslandId(int(i)): math.inf if ready_s is None else ready_s for i, ready_s in saved["gathered"].items()}
     run.gathered = {island: ready_s for island, ready_s in waiting.items() if island < len(run.islands)}
     run.place_sources(len(run.islands))
+    for number, held in saved["holds"].items():
+        if int(number) in run.islands:
+            run.islands[IslandId(int(number))].holds = dict(held)
 
 
 def _module_json(module: ModuleView) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diloco.messages import Commit, ModuleKey, SlotName, SourceId, Task
+from diloco.messages import Commit, ModuleKey, SlotName, SourceId, Task, Turn
 from diloco.progress import Arrivals, IslandView, ModuleView, SourceView
 from diloco.views import RunView
 
@@ -36,6 +36,7 @@ class NoMore:
 class Schedule(ABC):
     """Pure and deterministic: the same views and time give the same answer, and nothing is written."""
 
+    by_fragment: ClassVar[bool] = True  # fragments are exchanged one after the other; else all at once
     free: ClassVar[bool] = False  # sources go on without each other, on data from a pool
     drawn: ClassVar[bool] = False  # from the pool's shards by chance, under-served ones first; else each its own
 
@@ -64,6 +65,10 @@ class Schedule(ABC):
     def regroup_s(self, run: RunView, now_s: float) -> float:
         """Where sources run free: when one that has just handed over may go on."""
         return now_s
+
+    def counts(self, run: RunView, turn: Turn, keys: Sequence[ModuleKey]) -> bool:
+        """Whether a contribution that has just been judged is in time."""
+        return all(run.modules[k].round == turn.round and turn.source in run.modules[k].awaited for k in keys)
 
     def refuses(self, staleness: int) -> bool:
         """Whether a contribution is not to count, since its module took so many versions meanwhile."""

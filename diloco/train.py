@@ -16,7 +16,7 @@ from typing import Any
 
 from diloco import checkpoint as ckpt
 from diloco import config as configuration
-from diloco import planner, resume, rundir, saved_view, summary
+from diloco import planner, resume, rundir, saved_view, summary, tasks
 from diloco.config import RunConfig
 from diloco.coordinator import Coordinator
 from diloco.display import Display
@@ -198,7 +198,7 @@ class _Session:
                 if stop is None:
                     event = self._backend.next_event(coordinator.wake_s)
         export = str(self._directory / "export") if stop.status == "finished" else None
-        present = self._view.evaluation()
+        present = tasks.evaluation(self._view)
         run = Run(task=present, wants=self._view.evaluator.give(present))
         return stop, self._backend.finish(run, export, "")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from diloco.counters import Counters
 from diloco.messages import (
@@ -51,6 +51,8 @@ class RunView:
     round: int = 0  # rounds that all modules have committed
     opened_s: dict[tuple[int, int], float] = field(default_factory=dict)  # when (round, fragment) began to be awaited
     evaluator: IslandView = field(default_factory=lambda: IslandView(island=EVALUATOR, source=SourceId(0)))
+    pushes_s: deque[float] = field(default_factory=lambda: deque(maxlen=OBSERVED_ARRIVALS))  # to hand something over
+    turn_ends_s: dict[int, float] = field(default_factory=dict)  # when who was first in a turn is expected at its end
     arrival_s: dict[SourceId, deque[float]] = field(default_factory=dict)  # how long after that its source was heard
 
     def __post_init__(self) -> None:
@@ -144,10 +146,13 @@ class RunView:
         Returns those that may go on now: nobody waits once no one is left who could come.
         """
         self.gathered[island] = ready_s
-        alive = sum(view.alive for view in self.islands.values()) if ready_s > now_s else 0
-        if len(self.gathered) == alive:
+        if ready_s > now_s and len(self.gathered) == self.alive():
             self.gathered = dict.fromkeys(self.gathered, now_s)
         return self.ready(now_s)
+
+    def alive(self) -> int:
+        """How many islands there are."""
+        return sum(view.alive for view in self.islands.values())
 
     def ready(self, now_s: float) -> list[IslandId]:
         """The gathered islands that may go on."""
@@ -158,9 +163,20 @@ class RunView:
         holds = self.islands[IslandId(source.source)].holds
         return max(self.modules[key].version - holds.get(key, self.modules[key].version) for key in keys)
 
-    def give(self, task: Task) -> None:
+    def give(self, task: Task, now_s: float) -> None:
         """A task is given out."""
-        self.sources[task.source].give(task)
+        source = self.sources[task.source]
+        if self.pool is not None:
+            pace_s, start_s = source.pace_s or 0.0, max(now_s, source.free_s)
+            source.free_s = start_s + task.steps * pace_s
+            if task.segment == 0 and len(self.fragments) > 1:
+                self.turn_ends_s.setdefault(task.round, start_s + task.round_steps * pace_s)
+            if len(self.turn_ends_s) > REMEMBERED_TURNS:
+                del self.turn_ends_s[next(iter(self.turn_ends_s))]
+        source.got |= {self.fragment_of(task.modules[slot]): source.taken for slot in task.install}
+        source.give(task)
+        if task.send:
+            source.sent[task.fragment] = source.taken
         self.gathered.pop(task.island, None)
         if self.pool is not None and task.segment == 0:
             self.pool.give(Stretch(shard=task.shard, first_step=task.first_step, steps=task.round_steps))
@@ -227,15 +243,16 @@ class RunView:
     def commit(self, commits: Sequence[Commit], now_s: float) -> None:
         """The modules took these steps, or ended their round without one; their next round opens."""
         self.counters.outer_steps += len({self.fragment_of(commit.module) for commit in commits if commit.sources})
-        distinct = {(c.sources, self.fragment_of(c.module)): self.modules[c.module].arrivals for c in commits}
-        tokens = [arrival.tokens for arrivals in distinct.values() for arrival in arrivals.values()]
+        distinct = {(c.keys, self.fragment_of(c.module)): self.modules[c.module].arrivals for c in commits}
+        tokens = [arrivals[key].tokens for (keys, _), arrivals in distinct.items() for key in keys]
         self.counters.accepted += len(tokens)
         self.counters.tokens += sum(tokens)
         for commit in commits:
             module = self.modules[commit.module]
             module.version += bool(commit.sources)
-            module.round, module.rejected, module.dropped = module.round + 1, 0, 0
-            module.arrivals, module.awaited = {}, set()
+            module.round, module.rejected, module.dropped = commit.round + 1, 0, 0
+            module.arrivals = {key: arrival for key, arrival in module.arrivals.items() if key not in commit.keys}
+            module.awaited = set()
         self.open_rounds([commit.module for commit in commits], now_s)
 
     def begin_anew(self, keys: Sequence[ModuleKey]) -> list[Commit]:
@@ -252,29 +269,6 @@ class RunView:
             for key in keys
             if self.modules[key].round < newest
         ]
-
-    def bare_task(self, island: IslandId, source: SourceView) -> Task:
-        """A task that installs, trains and sends nothing: to evaluate, or to save what the source has."""
-        return Task(
-            source=source.source,
-            island=island,
-            round=self.round,
-            segment=0,
-            modules=self.path_of(source),
-            install={},
-            keep=0.0,
-            shard=source.shard,
-            first_step=source.position,
-            steps=0,
-            send=(),
-            last=False,
-        )
-
-    def evaluation(self) -> Task:
-        """The evaluator installs the present global weights and measures them."""
-        task = self.bare_task(EVALUATOR, next(iter(self.sources.values())))
-        versions = {slot: self.modules[key].version for slot, key in task.modules.items()}
-        return replace(task, install=versions, evaluate="validation")
 
     def save_due(self, round_: int) -> bool:
         """Whether a checkpoint is written once `round_` rounds are committed."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from diloco import tasks
 from diloco.anchors import Anchors
 from diloco.codec import Codec, Float32, Int4
 from diloco.layout import Fragments
@@ -91,15 +92,15 @@ def held(view: RunView) -> list[dict[Any, int]]:
 
 def test_what_is_held_is_not_asked_for_and_what_is_older_is_updated() -> None:
     view = make_view()
-    task = view.evaluation()
+    task = tasks.evaluation(view)
     keys = list(task.modules.values())
     assert view.evaluator.give(task) == dict.fromkeys(keys)
     view = make_view()
     view.hold({EVALUATOR: keys, IslandId(0): keys[:1], IslandId(1): []})
     assert held(view) == [dict.fromkeys(keys, 0), {keys[0]: 0}, {}]
-    assert view.evaluator.give(view.evaluation()) == {}
+    assert view.evaluator.give(tasks.evaluation(view)) == {}
     view.modules[keys[0]].version = 1
-    assert view.evaluator.give(view.evaluation()) == {keys[0]: 0}
+    assert view.evaluator.give(tasks.evaluation(view)) == {keys[0]: 0}
     assert view.evaluator.holds == {keys[0]: 1, keys[1]: 0}
 
 

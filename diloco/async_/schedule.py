@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from diloco.async_.speed import measured, steps_by_speed
-from diloco.messages import Commit, ModuleKey, Task
+from diloco.messages import Commit, ModuleKey, Task, Turn
 from diloco.progress import IslandView
 from diloco.schedule import NoMore, Schedule, Wait
 from diloco.views import RunView
@@ -34,6 +34,7 @@ class FirstCome(Schedule):
     damping: float = 0.0  # 0.5 is the paper's polynomial baseline
     max_staleness: int = -1  # -1 = any
 
+    by_fragment = False
     free = True
 
     def __post_init__(self) -> None:
@@ -134,6 +135,10 @@ class FirstCome(Schedule):
         """With those that still wait for others, or as the first of the next ones."""
         waiting_s = [ready_s for ready_s in run.gathered.values() if ready_s >= now_s]
         return waiting_s[-1] if waiting_s else now_s + self.grace_s
+
+    def counts(self, run: RunView, turn: Turn, keys: Sequence[ModuleKey]) -> bool:
+        """It is never too late."""
+        return True
 
     def refuses(self, staleness: int) -> bool:
         """One that is too old."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
 
 from diloco.views import RunView
 
@@ -17,12 +15,6 @@ def steps_by_speed(speed: float, fastest: float, inner_steps: int) -> int:
 
 
 def measured(run: RunView) -> list[float | None]:
-    """Steps a second of each source in the median of its last tasks, so that one slow one changes nothing.
-
-    None: nothing was seen of it yet.
-    """
-    return [None if not s.paces_s else _speed(s.paces_s) for s in run.sources.values()]
-
-
-def _speed(paces_s: Sequence[float]) -> float:
-    return 1 / max(statistics.median(paces_s), 1e-9)
+    """Steps a second of each source; None: nothing was seen of it yet."""
+    paces_s = [source.pace_s for source in run.sources.values()]
+    return [None if pace_s is None else 1 / pace_s for pace_s in paces_s]

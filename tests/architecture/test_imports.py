@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.pool": {"diloco.messages"},
     "diloco.progress": {"diloco.messages", "diloco.pool"},
     "diloco.views": {"diloco.counters", "diloco.messages", "diloco.pool", "diloco.progress"},
+    "diloco.tasks": TYPES,
     "diloco.hearing": {"diloco.records", "diloco.schedule", *TYPES},
     "diloco.saved_view": TYPES,
     "diloco.saves": {"diloco.saved_view", *TYPES},
@@ -45,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.coordinator": {
         "diloco.hearing",
         "diloco.schedule",
+        "diloco.tasks",
         "diloco.records",
         "diloco.pushes",
         "diloco.saved_view",
