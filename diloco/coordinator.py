@@ -50,6 +50,7 @@ class Coordinator:
         self.run = run
         self._schedule = schedule
         self._queued = 0  # tasks given out to living islands and not finished
+        self._waiting: set[IslandId] = set()  # islands for which there was nothing to do when they were last asked for
         self._pushes = Pushes()
         self._asked = 0  # evaluations and measurements that were not answered yet
         self._saves = Saves()
@@ -229,7 +230,7 @@ class Coordinator:
         """What follows an outer step; with what else follows where all modules have ended the present round."""
         before, over = self.run.round, self.run.rounds_over()
         if over == before:
-            return [*(self._dispatch(self.run.islands) if self._schedule.by_fragment else []), *measure]
+            return [*(self._dispatch(sorted(self._waiting)) if self._schedule.by_fragment else []), *measure]
         self.run.round = over
         due = any(self.run.eval_due(round_) for round_ in range(before + 1, over + 1))
         save: list[Save] = []
@@ -238,7 +239,7 @@ class Coordinator:
         elif any(self.run.save_due(round_) for round_ in range(before + 1, over + 1)) and self._draining is Drain.no:
             self._draining, self._saves.pausing = Drain.tasks, True
         evaluation = [self._evaluation()] if due else []
-        return [*self._dispatch(self.run.islands), *evaluation, *measure, *save]
+        return [*self._dispatch(sorted(self._waiting)), *evaluation, *measure, *save]
 
     # --- tasks ---
 
@@ -251,7 +252,9 @@ class Coordinator:
             while view.alive and view.queued < QUEUE_DEPTH:
                 task = self._schedule.next_task(view, self.run, self._now_s)
                 if isinstance(task, Wait | NoMore):
+                    self._waiting.add(island)
                     break
+                self._waiting.discard(island)
                 commands.append(self._give(task, view))
         return commands
 

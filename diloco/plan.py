@@ -127,11 +127,12 @@ class Plan:
     lag: int = 0
     step_s: float | None = None  # None = unknown
     link_gbits: float | None = None  # of an island, in each direction; None = unknown
+    follows: bool = True  # islands get each version, so that updates reach them; else full values, all at once
 
     def __post_init__(self) -> None:
         if not self.fragments:
             raise ValueError("fragments=() has none; give the parameters of each")
-        given = {f.name: vars(self)[f.name] for f in fields(self) if f.name not in ("fragments", "lag")}
+        given = {f.name: vars(self)[f.name] for f in fields(self) if f.name not in ("fragments", "lag", "follows")}
         given |= {f"fragments[{i}]": size for i, size in enumerate(self.fragments)}
         _check({name: value for name, value in given.items() if value is not None})
         if self.lag != int(self.lag) or self.lag < 0:

@@ -13,9 +13,9 @@ from diloco.config import RunConfig
 from diloco.display import format_bytes, format_count
 from diloco.messages import Modules, Shape
 from diloco.plan import Plan
-from diloco.schedule import Barrier, Schedule
 
 UTILIZATIONS = (0.5, 0.8, 0.9, 0.95, 0.99)  # for which the bandwidth is told
+FULL_BITS = 32.0  # of a parameter, sent down to those who cannot follow each version
 LEAST_UTILIZATION = 0.8  # below it, what would mend it is told
 USUAL_STEP_S = 0.1  # of the example in a run's first lines
 NARROWER = (Int8(), Int4())  # codecs to propose
@@ -31,14 +31,16 @@ def plan_of(
     link_gbits: float | None = None,
 ) -> Plan:
     """The plan of a run with these trainable parameters (name -> shape), its islands on nodes of their own."""
+    sizes, follows = fragment_sizes(modules, shapes), config.schedule.by_fragment
     return Plan(
-        fragments=fragment_sizes(modules, shapes),
+        fragments=sizes if follows else (sum(sizes),),
         bits_up=config.codec.parameter_bits(),
-        bits_down=config.codec_down.parameter_bits(),
+        bits_down=config.codec_down.parameter_bits() if follows else FULL_BITS,
         islands=config.islands,
         shards=config.store.resolved(config.islands),
         inner_steps=config.inner_steps,
-        lag=lag_of(config.schedule),
+        lag=config.schedule.overlap_steps(),
+        follows=follows,
         step_s=step_s,
         link_gbits=link_gbits,
     )
@@ -48,11 +50,6 @@ def fragment_sizes(modules: Modules, shapes: Mapping[str, Shape]) -> tuple[int, 
     """The parameters of what is exchanged together, in order."""
     groups = [[name for slot in slots for name in modules.slots[slot]] for slots in modules.fragments]
     return tuple(sum(math.prod(shapes[name]) for name in names) for names in groups)
-
-
-def lag_of(schedule: Schedule) -> int:
-    """Inner steps that go on while an exchange is under way."""
-    return schedule.lag if isinstance(schedule, Barrier) else 0
 
 
 def lines(plan: Plan) -> tuple[str, str]:
@@ -74,8 +71,10 @@ def lines(plan: Plan) -> tuple[str, str]:
 def rows(plan: Plan, *, rounds: int) -> list[tuple[str, str]]:
     """All that can be said of a plan: names and texts."""
     up, down = format_bytes(plan.bytes_up), format_bytes(plan.bytes_down)
-    # What islands start with they built themselves, and what came of the last round they do not install.
-    total = plan.islands * (rounds * plan.bytes_up + (rounds - 1) * plan.bytes_down)
+    # What islands start with they built themselves; what came of the last turns they do not install.
+    turn_steps = max(plan.inner_steps // len(plan.fragments), 1)
+    last = min(plan.lag // turn_steps + 1, len(plan.fragments)) / len(plan.fragments)
+    total = plan.islands * (rounds * plan.bytes_up + (rounds - last) * plan.bytes_down)
     found = [
         ("parameters", _model(plan)),
         ("on the wire as", f"{plan.bits_up:g} bits a parameter up, {plan.bits_down:g} down"),
@@ -83,6 +82,10 @@ def rows(plan: Plan, *, rounds: int) -> list[tuple[str, str]]:
         ("all islands, rounds", f"{format_bytes(total)}: {plan.islands} x {rounds}"),
         ("step", "unknown: give --step-s, or --measure" if plan.step_s is None else f"{plan.step_s:.3g} s"),
     ]
+    if not plan.follows:
+        found.append(
+            ("without a barrier", "counted as if all islands took whole rounds; shorter ones are sent more often")
+        )
     if plan.islands == 1:
         return [*found, ("link", "none: a single island has the store beside it")]
     if plan.link_gbits is None:
@@ -109,6 +112,8 @@ def warning(plan: Plan) -> str:
 def mends(plan: Plan) -> list[str]:
     """Settings that let a plan with a known link wait less, with the utilisation that each reaches alone."""
     found = [f"{text} ({_percent(_utilization(changed))})" for text, changed in _changes(plan)]
+    if not plan.follows:
+        return [*found, "schedule=quorum layout=fragments, where nobody waits for what is under way"]
     if not plan.lag:
         found.append("layout=fragments schedule.lag=5, which hides 5 steps of each fragment's exchange")
     return found
@@ -187,7 +192,7 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
         bits, name = codec.parameter_bits(), configuration.choice_of("codec", codec)
         if bits < plan.bits_up:
             found.append((f"codec={name}", replace(plan, bits_up=bits)))
-        if bits < min(plan.bits_up, plan.bits_down):
+        if plan.follows and bits < min(plan.bits_up, plan.bits_down):
             both = replace(plan, bits_up=bits, bits_down=bits)
             found.append((f"codec={name} codec@codec_down={name}", both))
     return found

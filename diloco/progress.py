@@ -56,6 +56,7 @@ class SourceView:
     got: dict[int, int] = field(default_factory=dict)  # by fragment: `taken` when it was last installed
     broken: bool = False  # its last contribution was not finite: it is to start afresh
     paces_s: list[float] = field(default_factory=list)  # seconds a step of its last tasks
+    pace_s: float | None = None  # in their median, so that one slow one changes nothing; None = nothing was seen yet
 
     def give(self, task: Task) -> None:
         """Move on past a task that was given out."""
@@ -78,6 +79,7 @@ class SourceView:
         """A task of its present work is finished."""
         if report.task.steps:
             self.paces_s = [*self.paces_s, report.clock_s / report.task.steps][-REMEMBERED_PACES:]
+            self.pace_s = max(statistics.median(self.paces_s), LEAST_PACE_S)
         for work in self.work:
             if (work.round, work.fragment) == (report.task.round, report.task.fragment):
                 work.tokens += report.tokens
@@ -92,11 +94,6 @@ class SourceView:
     def settle(self, settled: Settled) -> None:
         """Remember what became of a contribution, to be told with each task for a while."""
         self.settled = [s for s in self.settled if s.round > settled.round - TOLD_ROUNDS] + [settled]
-
-    @property
-    def pace_s(self) -> float | None:
-        """Seconds a step, in the median of its last tasks, so that one slow one changes nothing."""
-        return max(statistics.median(self.paces_s), LEAST_PACE_S) if self.paces_s else None
 
     @property
     def idle(self) -> bool:

@@ -58,6 +58,10 @@ class Schedule(ABC):
     def commits(self, run: RunView, touched: Sequence[ModuleKey], now_s: float) -> list[Commit]:
         """The outer steps now due for the modules just heard of. One without sources only ends the round."""
 
+    def overlap_steps(self) -> int:
+        """Inner steps that go on while an exchange is under way."""
+        return 0
+
     def overdue_s(self, run: RunView) -> float | None:
         """When `commits` should be asked about all modules though nobody was heard; None = never."""
         return None
@@ -120,6 +124,10 @@ class Barrier(Schedule):
                 f"schedule.lag={self.lag} is not below inner_steps={inner_steps}: a fragment would be sent again"
                 f" before it is installed; use at most {inner_steps - 1}, better 1 to 5"
             )
+
+    def overlap_steps(self) -> int:
+        """The lag."""
+        return self.lag
 
     def next_task(self, island: IslandView, run: RunView, now_s: float) -> Task | Wait | NoMore:
         """The steps up to the next point where something is sent or installed; waits for what is to be installed."""

@@ -143,7 +143,7 @@ def test_more_bandwidth_never_lowers_utilization(fragments: Any, inner_steps: in
     needed = found.required_gbits(target, step_s=0.1)
     assert found.utilization_at(gbits=needed, step_s=0.1) == pytest.approx(target, rel=1e-6)
     if not lag:  # all of it is exposed
-        assert found.exposed_s(gbits=1.0, step_s=0.1) == pytest.approx(sum(found.fragment_wire_s(1.0)))
+        assert found.exposed_s(gbits=1.0, step_s=0.1) == pytest.approx(sum(found.fragment_wire_s(1.0)), abs=1e-6)
 
 
 # --- the papers ---

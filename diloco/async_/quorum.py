@@ -53,6 +53,10 @@ class Quorum(Schedule):
         if self.lag >= inner_steps:
             raise ValueError(f"schedule.lag={self.lag} is not below inner_steps={inner_steps}; use {inner_steps - 1}")
 
+    def overlap_steps(self) -> int:
+        """The lag."""
+        return self.lag
+
     def next_task(self, island: IslandView, run: RunView, now_s: float) -> Task | Wait | NoMore:
         """The steps up to the next point where something is sent or may be installed."""
         source, pool = run.sources[island.source], run.pool

@@ -12,13 +12,13 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diloco.coordinator import Coordinator
 from diloco.events import Committed, Event, Finished, Measure, Push, Received, Run, Started
 from diloco.messages import EVALUATOR, ModuleKey, Modules, Report, SlotName, Task, Verdict
-from diloco.schedule import Barrier
+from diloco.schedule import Barrier, Schedule
 from diloco.views import RunView
 from experiments.benchmarks import common
 
@@ -36,20 +36,27 @@ class Block:
 class Game:
     """A coordinator and its made-up runtime; what it is asked for is answered in a random order."""
 
-    def __init__(self, *, islands: int, modules: int, modules_per_path: int) -> None:
-        layout = _modules(modules, modules_per_path)
+    def __init__(
+        self, *, islands: int, modules: int, modules_per_path: int, schedule: Schedule | None = None, steps: int = 1
+    ) -> None:
+        """By default a barrier. `steps`: of a round, all in one task."""
+        layout, schedule = _modules(modules, modules_per_path), schedule or Barrier()
         self._view = RunView(
             seed=0,
             rounds=10**9,
-            inner_steps=1,
+            inner_steps=steps,
             segment_steps=0,
             eval_every=0,
             save_every=0,
             paths=layout.paths,
             shard_examples=[1] * islands,
         )
+        if schedule.free:
+            slots = list(layout.slots)
+            self._view = replace(self._view, fragments=tuple((slot,) for slot in slots) if schedule.by_fragment else ())
+            self._view.pool = self._view.new_pool(schedule.drawn)
         self._view.begin(layout, islands)
-        self._coordinator = Coordinator(schedule=Barrier(), run=self._view)
+        self._coordinator = Coordinator(schedule=schedule, run=self._view)
         self._asked: list[Run | Push | Measure] = []
         self._random = random.Random(0)
         self._now_s = 0.0
@@ -148,7 +155,9 @@ def _modules(modules: int, per_path: int) -> Modules:
 
 def _report(task: Task) -> Report:
     metrics = {"eval/loss": 1.0} if task.island == EVALUATOR else {"inner/loss": 1.0, "inner/lr": 1e-3}
-    return Report(task=task, tokens=1, seconds=1.0, waiting_s=0.0, bytes_up=1, bytes_down=1, metrics=metrics)
+    return Report(
+        task=task, tokens=1, seconds=1.0, clock_s=1.0, waiting_s=0.0, bytes_up=1, bytes_down=1, metrics=metrics
+    )
 
 
 def _verdicts(task: Task) -> tuple[Verdict, ...]:
