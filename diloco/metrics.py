@@ -19,7 +19,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from diloco.display import Display, Record, format_bytes, format_count, format_duration, summary_table
+from diloco.display import Display, summary_table
+from diloco.fleet import Record
+from diloco.formats import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
