@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
+
+from diloco.fleet import Fleet, Record, amount, number, plain_table
+from diloco.formats import format_bytes, format_count, format_duration, format_loss, format_perplexity
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.live import Live
     from rich.table import Table
 
-Record: TypeAlias = Mapping[str, object]  # of metrics.jsonl: see diloco/metrics.py
-
 PACE_ROUNDS = 20  # speed and time left are measured over this many of the newest rounds
 REFRESHES_PER_S = 4
 OTHER_LINES = 10  # of the drawing: all but the islands' rows
-STATES = {"lost": "[red]lost[/]", "joined": "[yellow]starting[/]", "end": "[dim]done[/]"}  # else: training
 
 
 class Display:
@@ -48,35 +47,33 @@ class Display:
         self._sent_bytes = 0.0
         self._validation: float | None = None
         self._best: float | None = None
-        self._islands: dict[int, dict[str, object]] = {}  # island -> its newest segment, and what befell it
+        self._fleet = Fleet()
+        self._metrics = folder / "metrics.jsonl"
 
     def write(self, record: Record) -> None:
         """Take one record: update the drawing, or print a line."""
-        self._now = (_amount(record, "time_s"), time.monotonic())
+        self._now = (amount(record, "time_s"), time.monotonic())
+        self._fleet.take(record)
         match record["event"]:
             case "start":
-                self._begin(int(_amount(record, "round")))
-            case "segment":
-                self._islands.setdefault(int(_amount(record, "island")), {}).update(record)
+                self._begin(int(amount(record, "round")))
             case "commit":
-                self._sent_bytes = _amount(record, "total/bytes_sent")
-                if _amount(record, "fragment") + 1 < _amount(record, "fragments") or record["round"] == self._round:
-                    return  # only the last fragment's step ends a round, and without a barrier only one of many
-                self._round = int(_amount(record, "round"))
-                self._commits.append((self._round, self._now[0], _amount(record, "total/tokens")))
-                self._say(self._commit_line(), show=self._live is None)
+                self._committed(record)
             case "evaluation":
                 self._evaluated(record)
             case "lost" | "joined" as event:
-                self._islands.setdefault(int(_amount(record, "island")), {})["event"] = event
                 reason = f": {record['message']}" if record.get("message") else ""
                 self._say(f"island {record.get('island')} {event}{reason}")
             case "warning" | "late" as event:
                 self._say(f"{event}: {record.get('message')}")
+            case "stale":
+                self._say(f"stale: {record.get('message')}", show=False)  # the drawing has it; there may be very many
             case "end":
-                for row in self._islands.values():
-                    row["event"] = "lost" if row["event"] == "lost" else "end"
                 self._stop()
+
+    def watch(self, busy: Callable[[], Mapping[int, bool]]) -> None:
+        """Show who waits: `busy` tells of each living island whether it has a task now, from any thread."""
+        self._fleet.watch(busy)
 
     def message(self, text: str) -> None:
         """Print `text`, above the drawing if there is one."""
@@ -99,6 +96,7 @@ class Display:
 
     def _begin(self, done: int) -> None:
         self._round, self._start = done, (done, self._now[0])
+        self._fleet.recall(self._metrics)
         if self._console is not None and self._live is None:
             from rich.live import Live
 
@@ -124,32 +122,38 @@ class Display:
                 encoding = sys.stdout.encoding or "utf-8"
                 print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
+    def _committed(self, record: Record) -> None:
+        self._sent_bytes = amount(record, "total/bytes_sent")
+        done = int(amount(record, "round"))
+        # Without a barrier a commit names the round that is being made, and `total/rounds` those that are over.
+        done = min(done, int(amount(record, "total/rounds"))) if "total/rounds" in record else done
+        if amount(record, "fragment") + 1 < amount(record, "fragments") or done == self._round:
+            return  # only the last fragment's step ends a round, and without a barrier only one of many
+        self._round = done
+        self._commits.append((done, self._now[0], amount(record, "total/tokens")))
+        self._say(self._commit_line(), show=self._live is None)
+
     def _evaluated(self, record: Record) -> None:
-        self._validation = _number(record, "eval/loss")
+        self._validation = number(record, "eval/loss")
         self._best = min((x for x in (self._validation, self._best) if x is not None), default=None)
-        losses = f"validation loss {_loss(self._validation)}  best {_loss(self._best)}"
-        self._say(f"{self._where(int(_amount(record, 'round')))}  {losses}", show=self._live is None)
+        losses = f"validation loss {format_loss(self._validation)}  best {format_loss(self._best)}"
+        self._say(f"{self._where(int(amount(record, 'round')))}  {losses}", show=self._live is None)
 
     def _where(self, done: int) -> str:
         return f"round {done:{len(str(self._rounds))}}/{self._rounds}"
 
     def _commit_line(self) -> str:
-        parts = [self._where(self._round), f"loss {_loss(self._mean_loss())}"]
-        parts += [] if self._validation is None else [f"val {_loss(self._validation)}"]
+        parts = [self._where(self._round), f"loss {format_loss(self._fleet.mean_loss)}"]
+        parts += [] if self._validation is None else [f"val {format_loss(self._validation)}"]
         parts += [f"{format_count(self._tokens_per_s())} tokens/s", f"sent {format_bytes(self._sent_bytes)}"]
         return "  ".join([*parts, f"left {format_duration(self._left_s())}"])
-
-    def _mean_loss(self) -> float | None:
-        rows = [row for row in self._islands.values() if row["event"] != "lost"]
-        known = [loss for loss in (_number(row, "inner/loss") for row in rows) if loss is not None]
-        return sum(known) / len(known) if known else None
 
     def _tokens_per_s(self) -> float:
         """Over the newest rounds, waiting included; before there are two, the islands' own speeds in sum."""
         if len(self._commits) >= 2 and self._commits[-1][1] > self._commits[0][1]:
             (_, first_s, first), (_, last_s, last) = self._commits[0], self._commits[-1]
             return (last - first) / (last_s - first_s)
-        return sum(_amount(row, "inner/tokens_per_s") for row in self._islands.values())
+        return self._fleet.tokens_per_s
 
     def _left_s(self) -> float | None:
         if not self._commits:
@@ -183,32 +187,15 @@ class Display:
         left = f"{format_duration(self._elapsed_s())} [dim]left[/] {format_duration(self._left_s())}"
         bar.add_row(self._where(self._round), progress, left)
         figures = {
-            "inner loss": _loss(self._mean_loss()),
-            "validation": _loss(self._validation),
-            "best": _loss(self._best),
+            "inner loss": format_loss(self._fleet.mean_loss),
+            "validation": format_loss(self._validation),
+            "best": format_loss(self._best),
             "tokens/s": format_count(self._tokens_per_s()),
             "sent": format_bytes(self._sent_bytes),
         }
-        table = _plain_table(*figures)
+        table = plain_table(*figures)
         table.add_row(*figures.values(), style="bold")
-        return Group(bar, "", table, "", self._island_table(max(1, height - OTHER_LINES)))
-
-    def _island_table(self, most: int) -> Table:
-        table = _plain_table("island", "round", "loss", "tokens/s", "waited", "state")
-        rows = sorted(self._islands.items())
-        for island, row in rows[:most]:
-            speed, waited = _number(row, "inner/tokens_per_s"), _number(row, "comm/seconds_waiting")
-            table.add_row(
-                str(island),
-                f"{_amount(row, 'round') + 1:.0f}",
-                _loss(_number(row, "inner/loss")),
-                "-" if speed is None else format_count(speed),
-                "-" if waited is None else f"{waited:.1f} s",
-                STATES.get(str(row["event"]), "[green]training[/]"),
-            )
-        if len(rows) > most:
-            table.add_row(*[""] * 5, f"and {len(rows) - most} more")
-        return table
+        return Group(bar, "", table, "", self._fleet.table(max(1, height - OTHER_LINES)))
 
 
 def summary_table(summary: Mapping[str, object]) -> Table:
@@ -227,74 +214,23 @@ def summary_table(summary: Mapping[str, object]) -> Table:
 def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
     status = [str(summary[key]) for key in ("status", "reason") if summary.get(key)]
     rows = [(str(summary.get("name", "run")), ": ".join(status))]
-    before, after = _number(summary, "initial_val_loss"), _number(summary, "val_loss")
+    before, after = number(summary, "initial_val_loss"), number(summary, "val_loss")
     if after is not None:
-        rows.append(("validation loss", f"{_loss(before)} before, {_loss(after)} after"))
-        rows.append(("perplexity", f"{_perplexity(before)} before, {_perplexity(after)} after"))
-    wall = format_duration(_amount(summary, "wall_s"))
-    speed = f"{format_count(_amount(summary, 'tokens_per_s'))} a second"
-    rows += [("tokens", f"{format_count(_amount(summary, 'tokens'))}, {speed}"), ("wall time", wall)]
-    sent, inside = _amount(summary, "bytes_sent"), _amount(summary, "bytes_inside")
+        rows.append(("validation loss", f"{format_loss(before)} before, {format_loss(after)} after"))
+        rows.append(("perplexity", f"{format_perplexity(before)} before, {format_perplexity(after)} after"))
+    wall = format_duration(amount(summary, "wall_s"))
+    speed = f"{format_count(amount(summary, 'tokens_per_s'))} a second"
+    rows += [("tokens", f"{format_count(amount(summary, 'tokens'))}, {speed}"), ("wall time", wall)]
+    sent, inside = amount(summary, "bytes_sent"), amount(summary, "bytes_inside")
     told, within = format_bytes(sent), format_bytes(inside)
     if inside > 0:
         lone = summary.get("islands") == 1
         told = f"{told}, of which {within} between workers" if lone else f"{told} between islands; {within} within them"
     rows.append(("bytes sent", told))
-    parallel = _amount(summary, "bytes_data_parallel")
+    parallel = amount(summary, "bytes_data_parallel")
     if sent > 0 and parallel > 0:
         more = f"{sent / parallel:.3g} times more than" if sent > parallel else f"{parallel / sent:.3g} times less than"
         more = "as much as" if sent == parallel else more
         rows.append(("", f"{more} data parallel would have sent ({format_bytes(parallel)})"))
     paths = {"run directory": "run_directory", "checkpoint": "checkpoint", "exported model": "export"}
     return rows + [(name, str(summary[key])) for name, key in paths.items() if summary.get(key)]
-
-
-def format_bytes(nbytes: float) -> str:
-    """Three digits and a decimal unit: 10.4 MB."""
-    count = format_count(nbytes)
-    return f"{count}B" if " " in count else f"{count} B"
-
-
-def format_count(count: float) -> str:
-    """Three digits and a decimal prefix, which the unit may follow: 999, 12.3 k, 1.20 M."""
-    prefixes = ["", "k", "M", "G", "T", "P"]
-    while abs(count) >= 999.5 and len(prefixes) > 1:
-        count /= 1000
-        prefixes.pop(0)
-    digits = 0 if not prefixes[0] or abs(count) >= 99.95 else 1 if abs(count) >= 9.995 else 2
-    return f"{count:.{digits}f} {prefixes[0]}".rstrip()
-
-
-def format_duration(seconds: float | None) -> str:
-    """Hours where there are any, minutes and seconds: 0:43, 1:02:03; a question mark for None."""
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-def _number(record: Record, key: str) -> float | None:
-    value = record.get(key)
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _amount(record: Record, key: str) -> float:
-    return _number(record, key) or 0.0
-
-
-def _loss(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.3f}"
-
-
-def _perplexity(loss: float | None) -> str:
-    return "-" if loss is None else f"{math.exp(min(loss, 700.0)):,.1f}"
-
-
-def _plain_table(*names: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, header_style="dim", padding=(0, 2, 0, 0), show_edge=False)
-    for name in names:
-        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
-    return table

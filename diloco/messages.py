@@ -200,6 +200,7 @@ class CommitStats:
     version: int  # after the step
     update_square: float  # squared L2 norm of (new values - old values)
     sources: tuple[SourceId, ...]
+    weights: tuple[float, ...]  # of each contribution: the examples behind it
     gram: tuple[tuple[float, ...], ...]  # dot products of the contributions of the first few of `sources`
     rounds: tuple[int, ...]  # of each contribution
     staleness: tuple[int, ...]  # of each contribution: versions that the module took while it was made

@@ -2,8 +2,11 @@
 
 A record has `event` and most often `round`; `island` where it has one; and metric keys such as `inner/loss`.
 Events: start, segment (an island finished a task; its bytes are that task's), commit (`round` counts the
-rounds done; tokens and bytes are the whole run's), evaluation, checkpoint, warning, lost, joined, sample (what the
-trained model writes), end. `defaults` of a start: those of the configuration's keys that differ from them.
+rounds done, without a barrier also the one that is being made; `total/` is the whole run's; `outer/alive` and
+`outer/participating` count islands, `outer/weight` is the share of all examples that is behind the step), stale (a
+contribution was refused), evaluation, checkpoint, warning, late, lost, joined, sample (what the trained model
+writes), end. `defaults` of a start: those of the configuration's keys that differ from them. `clock_s` is the
+runtime's clock, virtual in runtime local, and `clock_seconds` what a task took by it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from diloco.display import Display, Record, format_bytes, format_count, format_duration, summary_table
+from diloco.display import Display, summary_table
+from diloco.fleet import Record
+from diloco.formats import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run

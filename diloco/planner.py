@@ -10,7 +10,7 @@ from typing import Any
 from diloco import config as configuration
 from diloco.codec import Int4, Int8
 from diloco.config import RunConfig
-from diloco.display import format_bytes, format_count
+from diloco.formats import format_bytes, format_count
 from diloco.messages import Modules, Shape
 from diloco.plan import Plan
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from diloco.events import Committed, Joined, Log, Lost, Received, Saved
-from diloco.messages import Report, SourceId, Task, Verdict
+from diloco.messages import CommitStats, Report, SourceId, Task, Verdict
 from diloco.views import RunView
 
 
@@ -34,6 +34,10 @@ def committed(event: Committed, run: RunView) -> Log:
         "outer/stalenesses": list(stats[0].staleness),
         "outer/rounds": list(stats[0].rounds),
         "outer/scale": stats[0].scale,
+        "outer/alive": sum(island.alive for island in run.islands.values()),
+        "outer/participating": len(set(stats[0].sources)),
+        "outer/weight": _weight(stats[0], run),
+        "total/rounds": run.round,
         "total/tokens": counters.tokens,
         "total/bytes_up": counters.bytes_up,
         "total/bytes_down": counters.bytes_down,
@@ -42,6 +46,18 @@ def committed(event: Committed, run: RunView) -> Log:
         "total/seconds_waiting": counters.waiting_s,
     }
     return Log(record=record)
+
+
+def _weight(stats: CommitStats, run: RunView) -> float:
+    """The examples behind the contributors' data, as a share of those behind all who live or contributed: 0 to 1.
+
+    Staleness damping is not in it: see `outer/scale`.
+    """
+    behind = dict(zip(stats.sources, stats.weights, strict=True))  # who contributed twice counts once
+    living = [run.sources[island.source] for island in run.islands.values() if island.alive]
+    examples = run.shard_examples
+    everyone = {source.source: float(examples[source.shard % len(examples)]) for source in living} | behind
+    return sum(behind.values()) / sum(everyone.values())
 
 
 def segment(report: Report) -> Log:
@@ -54,10 +70,12 @@ def segment(report: Report) -> Log:
         "source": task.source,
         "segment": task.segment,
         "step": task.first_step + task.steps,
+        "steps": task.steps,
         **report.metrics,
         "inner/tokens_per_s": report.tokens / report.seconds if report.seconds > 0 else None,
         "tokens": report.tokens,
         "seconds": report.seconds,
+        "clock_seconds": report.clock_s,
         "comm/bytes_up": report.bytes_up,
         "comm/bytes_down": report.bytes_down,
         "comm/bytes_inside": report.bytes_inside,
@@ -103,7 +121,9 @@ def left_out(source: SourceId, left: int, round_: int) -> Log:
 def stale(event: Received, staleness: int, round_: int) -> Log:
     """A contribution that was made from weights that are too old."""
     text = f"a contribution of source {event.turn.source} is {staleness} versions old and was refused"
-    return Log(record={"event": "stale", "round": round_, "source": event.turn.source, "message": text})
+    source = event.turn.source
+    told = {"island": source, "source": source, "staleness": staleness, "message": text}
+    return Log(record={"event": "stale", "round": round_, **told})
 
 
 def rejected(event: Received, bad: Verdict, round_: int) -> Log:

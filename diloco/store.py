@@ -219,6 +219,7 @@ class ModuleStore:
             version=module.snapshot.version,
             update_square=update_square,
             sources=step.commit.sources,
+            weights=step.commit.weights,
             gram=tuple(map(tuple, gram)),
             rounds=tuple(round_ for round_, _ in step.commit.keys),
             staleness=tuple(module.snapshot.version - 1 - sent.base_version for sent, _ in step.chosen),

@@ -145,6 +145,8 @@ class _Session:
         summary.write_text(self._directory / "config.yaml", configuration.to_yaml(self._config))
         rundir.point_latest(self._directory)
         manifest = self._start.manifest or {}
+        # Where sources run free, checkpoints wait until all is handed over, and positions are those of drawn shards.
+        ordered = self._view.sources.values() if self._view.pool is None else ()
         writer, display = open_metrics(
             self._directory,
             self._config.metrics,
@@ -153,7 +155,7 @@ class _Session:
             config=configuration.plain(self._config),
             resume_bytes=manifest.get("metrics_bytes"),
             resume_round=self._view.round,
-            resume_steps={source.source: source.position for source in self._view.sources.values()},
+            resume_steps={source.source: source.position for source in ordered},
             earlier_s=manifest.get("wall_s", 0.0) + time.monotonic() - begun_s,
         )
         try:
@@ -182,6 +184,8 @@ class _Session:
         stop: Stop | None = None
         counters, before_s, start_s = self._view.counters, self._view.counters.train_s, time.monotonic()
         event: Event = Started(now_s=self._backend.now_s())
+        islands = self._view.islands
+        display.watch(lambda: {number: view.queued > 0 for number, view in islands.items() if view.alive})
         with _interruptible(self._backend, display.message):
             while stop is None:
                 counters.train_s = before_s + time.monotonic() - start_s

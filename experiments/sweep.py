@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from diloco import rundir
-from diloco.display import format_bytes, format_count, format_duration
+from diloco.formats import format_bytes, format_count, format_duration
 from experiments.composition import Member
 from experiments.entry import FAILED, FINISHED, INTERRUPTED, attempt
 from experiments.mistakes import Mistake, first_lines

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from diloco.display import format_bytes, format_count
+from diloco.formats import format_bytes, format_count
 from diloco.report.drawing import DASHES, MUTED, Key, Panel
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Line:
     y: Sequence[float]
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+    dots: str = ""  # a marker: then there are only these, without a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,10 @@ def describe(chart: Chart) -> str:
     """The chart in words: where each line begins and ends."""
     told = []
     for line in [line for line in chart.lines if line.x][:MOST_TOLD]:
+        if line.dots:
+            mean, most = (_value(chart.y, value) for value in (sum(line.y) / len(line.y), max(line.y)))
+            told.append(f"{line.key.label}: {len(line.x)}, mean {mean}, at most {most}")
+            continue
         ends = [f"{_value(chart.y, line.y[i])} at {_value(chart.x, line.x[i])}" for i in (0, -1)]
         told.append(f"{line.key.label}: from {ends[0]} to {ends[1]}")
     more = len(chart.lines) - MOST_TOLD
@@ -105,6 +110,9 @@ def describe(chart: Chart) -> str:
 
 
 def _draw_line(line: Line, axes: Axes, *, with_range: bool) -> None:
+    if line.dots:
+        axes.plot(line.x, line.y, color=line.key.colour, linestyle="", marker=line.dots, alpha=0.7)
+        return
     dots = "o" if len(line.x) <= FEW_POINTS else ""
     width = 1.8 if len(line.x) <= DENSE_POINTS else 1.0
     axes.plot(line.x, line.y, color=line.key.colour, linestyle=DASHES[line.key.dash], marker=dots, linewidth=width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from diloco.display import format_bytes
+from diloco.formats import format_bytes
 from diloco.report import series
 from diloco.report.charts import Axis, Chart, Line
 from diloco.report.drawing import DASHES, PANEL_INCHES, SERIES, Key, Panel
@@ -16,6 +16,7 @@ from diloco.report.series import Point, Spread, Traffic, thin
 ROUNDS = Axis(label="rounds", whole=True)
 SENT = Axis(label="bytes sent", unit="B", zero=True, log=True)
 MANY_POINTS = 5  # of a line
+VIRTUAL = "Virtual time: by the clock of runtime local, where islands are as fast as they were set to be."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def _single_losses(run: Run) -> Figure:
         name="loss",
         heading="Loss",
         note="Validation: the global weights on held-out text. Training: the islands' own loss on their own text,"
-        " mean over each round.",
+        f" mean over each round.{_on_virtual_time([run])}",
         panels=_losses([run], names, points, "loss", tell_last=True),
         keys=names,
     )
@@ -73,7 +74,7 @@ def _compared_losses(runs: Sequence[Run]) -> list[Figure]:
         Figure(
             name=name,
             heading=heading,
-            note=note,
+            note=note + _on_virtual_time(runs),
             panels=_losses(runs, keys(runs), [points(run.history) for run in runs], heading.lower()),
             keys=keys(runs),
         )
@@ -90,13 +91,17 @@ def _once_trained(history: History) -> list[Point]:
 def _losses(
     runs: Sequence[Run], names: Sequence[Key], points: Sequence[list[Point]], what: str, *, tell_last: bool = False
 ) -> list[Panel]:
-    """The same losses against tokens, bytes and time."""
+    """The same losses against tokens, bytes and time, by all clocks that tell something."""
     unit, seconds = time_unit(max((p.time_s for line in points for p in line), default=0.0))
     axes: list[tuple[str, Axis, Callable[[Point], float]]] = [
         ("against tokens", Axis(label="tokens", unit="", zero=True), lambda p: p.tokens),
         ("against bytes sent", SENT, lambda p: p.bytes_sent),
         ("against wall time", Axis(label=f"wall time ({unit})", zero=True), lambda p: p.time_s / seconds),
     ]
+    if _on_virtual_time(runs):
+        virtual, clock_seconds = time_unit(max((p.clock_s for line in points for p in line), default=0.0))
+        axis = Axis(label=f"virtual time ({virtual})", zero=True)
+        axes.append(("against virtual time", axis, lambda p: p.clock_s / clock_seconds))
     known = [p.loss for line in points for p in line]
     label = f"{what} (nats/token)" if all(run.config.get("workload") == "causal_lm" for run in runs) else what
     loss = Axis(label=label, span=(min(known), max(known)) if known else None)
@@ -108,6 +113,12 @@ def _losses(
         mark = _data_parallel(runs) if axis is SENT else None
         panels.append(Chart(title=title, x=axis, y=loss, lines=lines, mark=mark, tell_last=tell_last).panel())
     return panels
+
+
+def _on_virtual_time(runs: Sequence[Run]) -> str:
+    """What is said of it where it tells something; empty where it does not, or not all runs have it."""
+    told = all(run.history.virtual for run in runs) and any(run.history.paced for run in runs)
+    return f" {VIRTUAL}" if told else ""
 
 
 def _loss_line(key: Key, points: list[Point], x: Callable[[Point], float]) -> Line:
@@ -163,6 +174,8 @@ def _contributions(runs: Sequence[Run]) -> Figure:
         ("norm of the outer step", "norm", series.update_norms),
     ]
     panels = []
+    if all(run.history.free for run in runs) and not any(c.cosines for run in runs for c in run.history.commits):
+        del kinds[1]  # each outer step has a single contribution
     for title, label, spreads in kinds:
         lines = [_spread_line(key, spreads(run.history)) for key, run in zip(keys(runs), runs, strict=True)]
         panels.append(Chart(title=title, x=ROUNDS, y=Axis(label=label, zero=True), lines=lines).panel())

@@ -24,6 +24,9 @@ class Segment(NamedTuple):
     waiting_s: float  # before it
     tokens: float
     loss: float | None
+    steps: float = 0.0
+    clock_s: float = 0.0  # end_s by the clock of the runtime, which may be virtual
+    clock_seconds: float | None = None  # the same of seconds; None: the run is older than this figure
 
 
 class Commit(NamedTuple):
@@ -41,6 +44,14 @@ class Commit(NamedTuple):
     cosines: tuple[float, ...]
     update_norm: float | None
     segments: int  # how many the file had told of by then
+    place: tuple[int, int]  # round and fragment: without a barrier there are many of the same
+    rounds_over: int  # `round`, but without a barrier that counts the one that is being made
+    clock_s: float
+    contributors: tuple[int, ...]  # islands
+    staleness: tuple[int, ...]  # of each of them
+    alive: float | None  # islands that lived by then
+    participating: float | None  # of them, those with a part in this step
+    weight: float | None  # the share that these have in all the data
 
 
 class Evaluation(NamedTuple):
@@ -49,6 +60,16 @@ class Evaluation(NamedTuple):
     round: int
     time_s: float
     loss: float | None
+    clock_s: float = 0.0
+
+
+class Refusal(NamedTuple):
+    """A contribution that was too old to count."""
+
+    island: int
+    staleness: int
+    time_s: float
+    clock_s: float
 
 
 class Mark(NamedTuple):
@@ -57,6 +78,7 @@ class Mark(NamedTuple):
     event: str
     time_s: float
     island: int = -1
+    clock_s: float = 0.0
 
 
 class Note(NamedTuple):
@@ -74,23 +96,45 @@ class History:
     segments: list[Segment] = field(default_factory=list)
     commits: list[Commit] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     warnings: list[Note] = field(default_factory=list)
     samples: list[Note] = field(default_factory=list)
     start: Mapping[str, Any] = field(default_factory=dict)  # the newest record of this event
     ended: bool = False  # whether the newest start has an end
     wall_s: float = 0.0
+    clock_s: float = 0.0
+
+    @property
+    def free(self) -> bool:
+        """Whether islands ran free of each other: a round had several outer steps."""
+        return len({commit.place for commit in self.commits}) < len(self.commits)
+
+    @property
+    def virtual(self) -> bool:
+        """Whether the runtime's clock was not that on the wall."""
+        return any(s.clock_seconds is not None and s.clock_seconds != s.seconds for s in self.segments)
+
+    @property
+    def paced(self) -> bool:
+        """Whether the time that matters is that of a virtual clock, by which islands are not all alike."""
+        paces = {round(s.clock_seconds / s.steps, 6) for s in self.segments if s.clock_seconds and s.steps}
+        return self.virtual and (self.free or len(paces) > 1)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take one record."""
         event, time_s = record.get("event"), amount(record, "time_s")
         self.wall_s = max(self.wall_s, time_s)
+        self.clock_s = clock_s = max(self.clock_s, amount(record, "clock_s"))
         if event == "segment":
             self.segments.append(_segment(record, time_s))
         elif event == "commit":
             self.commits.append(_commit(record, time_s, len(self.segments)))
         elif event == "evaluation":
-            self.evaluations.append(Evaluation(_round(record), time_s, number(record, "eval/loss")))
+            self.evaluations.append(Evaluation(_round(record), time_s, number(record, "eval/loss"), clock_s))
+        elif event == "stale" and "staleness" in record:
+            staleness = int(amount(record, "staleness"))
+            self.refusals.append(Refusal(int(amount(record, "island")), staleness, time_s, clock_s))
         elif event == "warning":
             self.warnings.append(_note(record, time_s, "message"))
         elif event == "sample":
@@ -98,12 +142,13 @@ class History:
         elif event == "end":
             self.ended = True
         if event in MARKS:
-            self.marks.append(Mark(str(event), time_s, int(amount(record, "island")) if "island" in record else -1))
+            island = int(amount(record, "island")) if "island" in record else -1
+            self.marks.append(Mark(str(event), time_s, island, clock_s))
         if event == "start":
             self.start, self.ended = record, False
         if event == "lost":
-            island = f"island {record.get('island')} was lost: {record.get('message') or 'no reason is known'}"
-            self.warnings.append(Note(number_of_rounds(record), time_s, island))
+            text = f"island {record.get('island')} was lost: {record.get('message') or 'no reason is known'}"
+            self.warnings.append(Note(number_of_rounds(record), time_s, text))
 
 
 def read(path: Path) -> History:
@@ -155,14 +200,17 @@ def _segment(record: Mapping[str, Any], time_s: float) -> Segment:
         waiting_s=amount(record, "comm/seconds_waiting"),
         tokens=amount(record, "tokens"),
         loss=number(record, "inner/loss"),
+        steps=amount(record, "steps"),
+        clock_s=amount(record, "clock_s"),
+        clock_seconds=number(record, "clock_seconds"),
     )
 
 
 def _commit(record: Mapping[str, Any], time_s: float, segments: int) -> Commit:
-    fragments = amount(record, "fragments") or 1.0
+    fragments, rounds = amount(record, "fragments") or 1.0, _round(record)
     return Commit(
-        round=_round(record),
-        at=_round(record) - 1 + (amount(record, "fragment") + 1) / fragments,
+        round=rounds,
+        at=rounds - 1 + (amount(record, "fragment") + 1) / fragments,
         time_s=time_s,
         tokens=amount(record, "total/tokens"),
         bytes_up=amount(record, "total/bytes_up"),
@@ -173,6 +221,14 @@ def _commit(record: Mapping[str, Any], time_s: float, segments: int) -> Commit:
         cosines=_numbers(record.get("outer/cosines")),
         update_norm=number(record, "outer/update_norm"),
         segments=segments,
+        place=(rounds, int(amount(record, "fragment"))),
+        rounds_over=int(min(rounds, amount(record, "total/rounds"))) if "total/rounds" in record else rounds,
+        clock_s=amount(record, "clock_s"),
+        contributors=tuple(map(int, _numbers(record.get("outer/contributors")))),
+        staleness=tuple(map(int, _numbers(record.get("outer/stalenesses")))),
+        alive=number(record, "outer/alive"),
+        participating=number(record, "outer/participating"),
+        weight=number(record, "outer/weight"),
     )
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from diloco.display import format_duration
+from diloco.formats import format_duration
 from diloco.report import drawing, series
 from diloco.report.drawing import DASHES, GRID, INK, MUTED, SERIES, Key, Panel
-from diloco.report.figures import Figure, time_unit
-from diloco.report.history import History
+from diloco.report.figures import VIRTUAL, Figure, time_unit
+from diloco.report.history import Evaluation, History, Mark
 from diloco.report.runs import Run
 from diloco.report.series import Bar, Timeline
 
@@ -34,9 +34,10 @@ def timeline(run: Run, name: str) -> Figure | None:
     rows = len(bars.islands) + 2
     inches = (WIDTH_INCHES, min(0.9 + 0.32 * rows, 2.5 + 0.13 * rows))
     panel = Panel(title="", description=_describe(run, bars), draw=partial(_draw, run.history, bars))
-    note = f"The height of a bar is its share of {bars.step_s:.3g} seconds." if bars.step_s else ""
+    notes = [f"The height of a bar is its share of {bars.step_s:.3g} seconds."] if bars.step_s else []
+    notes += [VIRTUAL] if bars.virtual else []
     return Figure(
-        name=name, heading=run.label, note=note, panels=[panel], keys=[TRAINING, WAITING], inches=inches
+        name=name, heading=run.label, note=" ".join(notes), panels=[panel], keys=[TRAINING, WAITING], inches=inches
     )  # fmt: skip
 
 
@@ -47,18 +48,20 @@ def _describe(run: Run, bars: Timeline) -> str:
         told.append(f"{what} for {format_duration(seconds)}")
     events = [mark.event for mark in run.history.marks]
     told += [f"{events.count(event)} {event}" for event in EVENTS if event in events]
-    return f"Timeline of {len(bars.islands)} islands: in sum they {', '.join(told)}."
+    clock = "by the virtual clock" if bars.virtual else "in sum"
+    return f"Timeline of {len(bars.islands)} islands: {clock} they {', '.join(told)}."
 
 
 def _draw(history: History, bars: Timeline, axes: Axes) -> None:
-    unit, seconds = time_unit(history.wall_s)
+    end_s = history.clock_s if bars.virtual else history.wall_s
+    unit, seconds = time_unit(end_s)
     row = {island: number for number, island in enumerate(bars.islands)}
     for key, found in (WAITING, bars.waiting), (TRAINING, bars.training):
         _draw_bars(axes, found, row, key.colour, seconds)
     last = len(bars.islands)
     ticks = {
-        last: [e.time_s / seconds for e in history.evaluations],
-        last + 1: [m.time_s / seconds for m in history.marks if m.event == "checkpoint"],
+        last: [_when(e, bars) / seconds for e in history.evaluations],
+        last + 1: [_when(m, bars) / seconds for m in history.marks if m.event == "checkpoint"],
     }
     for number, times in ticks.items():
         shown = series.thin(times, times, MOST_TICKS)
@@ -66,19 +69,23 @@ def _draw(history: History, bars: Timeline, axes: Axes) -> None:
     for mark in history.marks:
         if mark.event in EVENTS and mark.island in row:
             marker, colour = EVENTS[mark.event]
-            at = mark.time_s / seconds, row[mark.island]
+            at = _when(mark, bars) / seconds, row[mark.island]
             axes.plot(*at, marker, color=colour, markeredgecolor=drawing.PAPER, markersize=10)
     for mark in [mark for mark in history.marks if mark.event == "start"][1:]:
-        axes.axvline(mark.time_s / seconds, color=MUTED, linestyle=DASHES[1], linewidth=1.2)
+        axes.axvline(_when(mark, bars) / seconds, color=MUTED, linestyle=DASHES[1], linewidth=1.2)
     every = -(-len(bars.islands) // MOST_ROW_NAMES)
     named = {number: f"island {island}" for island, number in row.items() if number % every == 0}
     named |= {last: "evaluations", last + 1: "checkpoints"}
     axes.set_yticks(list(named), list(named.values()))
     axes.set_ylim(last + 1.6, -0.6)
-    axes.set_xlim(0, history.wall_s / seconds or 1.0)
-    axes.set_xlabel(f"wall time ({unit})")
+    axes.set_xlim(0, end_s / seconds or 1.0)
+    axes.set_xlabel(f"{'virtual' if bars.virtual else 'wall'} time ({unit})")
     axes.grid(visible=False, axis="y")
     axes.axhline(last - 0.5, color=GRID, linewidth=1)
+
+
+def _when(told: Evaluation | Mark, bars: Timeline) -> float:
+    return told.clock_s if bars.virtual else told.time_s
 
 
 def _draw_bars(axes: Axes, bars: Sequence[Bar], row: dict[int, int], colour: str, seconds: float) -> None:

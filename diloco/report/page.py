@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from diloco.display import format_bytes, format_count, format_duration
-from diloco.report import tables
+from diloco.formats import format_bytes, format_count, format_duration, format_loss, format_perplexity
+from diloco.report import arrivals, tables
 from diloco.report.drawing import COLOURS, png, svg
 from diloco.report.figures import Figure, figures, keys
 from diloco.report.history import amount, number
@@ -34,7 +34,7 @@ def write_report(runs: Sequence[Path], to: Path) -> Path:
     found = read_runs(runs)
     title = _title(runs, found)
     begun = [run for run in found if run.history.evaluations or run.history.segments]
-    drawn = figures(begun) if begun else []
+    drawn = [*figures(begun), *arrivals.figures(begun)] if begun else []
     times = [
         figure for n, run in enumerate(begun[:MOST_TIMELINES]) if (figure := timeline(run, _timeline_name(n, begun)))
     ]
@@ -67,6 +67,7 @@ def _page(
     title: str, runs: Sequence[Run], begun: Sequence[Run], drawn: Sequence[Figure], times: Sequence[Figure]
 ) -> str:
     sections = [_summary(runs, begun), *(_figure_section(figure) for figure in drawn), _timelines(times, begun)]
+    sections += [_islands(begun)]
     sections += [_configuration(runs), _samples(runs), _warnings(runs), _environment(runs)]
     names = ", ".join(f"{figure.name}.png" for figure in [*drawn, *times])
     files = f"The figures are beside this page as {names}. " if names else ""
@@ -143,8 +144,8 @@ def _tiles(run: Run) -> str:
     speed = number(summary, "tokens_per_s")
     arrow = " \N{RIGHTWARDS ARROW} "
     tiles = [
-        ("validation loss", f"{_short(before)}{arrow}{_short(after)}",
-         f"perplexity {tables.perplexity(before)}{arrow}{tables.perplexity(after)}"),
+        ("validation loss", f"{format_loss(before)}{arrow}{format_loss(after)}",
+         f"perplexity {format_perplexity(before)}{arrow}{format_perplexity(after)}"),
         ("bytes sent", "-" if sent is None else format_bytes(sent),
          f"{ratio} than data parallel ({format_bytes(parallel)})" if ratio != "-" else ""),
         ("tokens", format_count(amount(summary, "tokens")), "" if speed is None else f"{format_count(speed)} a second"),
@@ -158,10 +159,6 @@ def _tiles(run: Run) -> str:
         for name, value, more in tiles
     ]
     return "\n".join(['<dl class="tiles">', *items, "</dl>"])
-
-
-def _short(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.3f}"
 
 
 def _figure_section(figure: Figure) -> str:
@@ -195,6 +192,11 @@ def _timelines(times: Sequence[Figure], begun: Sequence[Run]) -> str:
             f'<p class="note">Those of the other {len(begun) - MOST_TIMELINES} runs: report on them alone.</p>'
         )
     return _section("Timeline", *parts)
+
+
+def _islands(begun: Sequence[Run]) -> str:
+    found = arrivals.by_island(begun[0]) if len(begun) == 1 else ""
+    return _section("Islands", found) if found else ""
 
 
 def _configuration(runs: Sequence[Run]) -> str:

@@ -174,7 +174,12 @@ def _so_far(config: Mapping[str, Any], told: History) -> dict[str, Any]:
         found |= {"initial_val_loss": losses[0], "val_loss": losses[-1]}
     if told.commits:
         last = told.commits[-1]
-        found |= {"rounds": last.round, "tokens": last.tokens, "bytes_up": last.bytes_up, "bytes_down": last.bytes_down}
+        found |= {
+            "rounds": last.rounds_over,
+            "tokens": last.tokens,
+            "bytes_up": last.bytes_up,
+            "bytes_down": last.bytes_down,
+        }
         found |= {"bytes_inside": last.bytes_inside, "bytes_sent": last.bytes_sent}
     return found
 

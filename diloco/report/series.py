@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from diloco.report.history import History, Segment
+from diloco.report.history import Commit, History, Segment
 
 MOST_POINTS = 600  # of a line
 MOST_BARS = 6000  # of a timeline
@@ -25,6 +26,7 @@ class Point(NamedTuple):
     bytes_sent: float
     time_s: float
     loss: float
+    clock_s: float = 0.0
 
 
 class Traffic(NamedTuple):
@@ -64,6 +66,7 @@ class Timeline:
     training: tuple[Bar, ...]
     waiting: tuple[Bar, ...]
     step_s: float  # 0, or the bars are shares of steps of so many seconds
+    virtual: bool = False  # by the runtime's clock, not that on the wall
 
 
 def validation(history: History) -> list[Point]:
@@ -76,55 +79,77 @@ def validation(history: History) -> list[Point]:
             done = bisect_right(rounds, evaluation.round)
             commit = newest[rounds[done - 1]] if done else None
             tokens, bytes_sent = (commit.tokens, commit.bytes_sent) if commit else (0.0, 0.0)
-            points.append(Point(evaluation.round, tokens, bytes_sent, evaluation.time_s, evaluation.loss))
+            at = evaluation.time_s, evaluation.loss, evaluation.clock_s
+            points.append(Point(evaluation.round, tokens, bytes_sent, *at))
     return points
 
 
 def training(history: History) -> list[Point]:
-    """The islands' own losses: the mean over the tokens of all tasks reported since the commit before."""
+    """The islands' own losses: the mean over the tokens of all tasks reported since the commit before.
+
+    Without a barrier: since the round before, for a single contribution is of one island, on text of its own.
+    """
     points, begin = [], 0
-    for commit in history.commits:
+    for commit in {commit.place: commit for commit in history.commits}.values():
         told = [(s.loss, s.tokens) for s in history.segments[begin : commit.segments] if s.loss is not None]
         begin = commit.segments
         tokens = sum(weight for _, weight in told)
         if tokens > 0:
             loss = sum(loss * weight for loss, weight in told) / tokens
-            points.append(Point(commit.round, commit.tokens, commit.bytes_sent, commit.time_s, loss))
+            points.append(Point(commit.round, commit.tokens, commit.bytes_sent, commit.time_s, loss, commit.clock_s))
     return points
 
 
 def traffic(history: History) -> list[Traffic]:
-    """What each round sent; one that has several commits counts once."""
+    """What each round sent; one that has several commits counts once, and rounds without any have equal parts."""
     newest = {commit.round: commit for commit in history.commits}
-    found, before = [], (0.0, 0.0, 0.0)
+    found, last, before = [], 0, (0.0, 0.0, 0.0)
     for round_, commit in sorted(newest.items()):
         now = (commit.bytes_up, commit.bytes_down, commit.bytes_inside)
-        found.append(Traffic(round_, commit.bytes_sent, *(new - old for new, old in zip(now, before, strict=True))))
-        before = now
+        parts = [(new - old) / max(1, round_ - last) for new, old in zip(now, before, strict=True)]
+        found.append(Traffic(round_, commit.bytes_sent, *parts))
+        last, before = round_, now
     return found
 
 
 def norms(history: History) -> list[Spread]:
     """Norms of the contributions to each outer step."""
-    return [_spread(commit.at, commit.norms) for commit in history.commits if commit.norms]
+    return [_spread(at, commit.norms) for at, commit in places(history) if commit.norms]
 
 
 def cosines(history: History) -> list[Spread]:
     """Cosines between any two contributions to each outer step."""
-    return [_spread(commit.at, commit.cosines) for commit in history.commits if commit.cosines]
+    return [_spread(at, commit.cosines) for at, commit in places(history) if commit.cosines]
 
 
 def update_norms(history: History) -> list[Spread]:
     """Norm of each outer step."""
-    return [_spread(c.at, (c.update_norm,)) for c in history.commits if c.update_norm is not None]
+    return [_spread(at, (c.update_norm,)) for at, c in places(history) if c.update_norm is not None]
+
+
+def places(history: History) -> list[tuple[float, Commit]]:
+    """Where on an axis of rounds each outer step stands: those of the same round and fragment have equal parts of it.
+
+    With a barrier there is one, which stands at its end.
+    """
+    many = Counter(commit.place for commit in history.commits)
+    seen: Counter[tuple[int, int]] = Counter()
+    found = []
+    for commit in history.commits:
+        seen[commit.place] += 1
+        missing = 1 - seen[commit.place] / many[commit.place]
+        found.append((commit.at - missing, commit))
+    return found
 
 
 def timeline(history: History) -> Timeline:
     """A bar for each task and each wait before one; for very many, the shares of equal steps of time."""
     islands = tuple(sorted({segment.island for segment in history.segments}))
-    training, waiting = _bars(history.segments)
+    virtual = history.paced
+    training, waiting = _bars([_by_clock(segment) for segment in history.segments] if virtual else history.segments)
     if len(training) + len(waiting) <= MOST_BARS:
-        return Timeline(islands=islands, training=tuple(training), waiting=tuple(waiting), step_s=0.0)
+        bars = {"training": tuple(training), "waiting": tuple(waiting)}
+        return Timeline(islands=islands, **bars, step_s=0.0, virtual=virtual)
     steps = max(50, MOST_BARS // (2 * len(islands)))
     step_s = max(bar.end_s for bar in training) / steps
     trained, waited = _shares(training, step_s), _shares(waiting, step_s)
@@ -133,7 +158,7 @@ def timeline(history: History) -> Timeline:
         Bar(i, n * step_s, (n + 1) * step_s, base := trained.get((i, n), 0.0), min(share, 1.0 - base))
         for (i, n), share in sorted(waited.items())
     ]
-    return Timeline(islands=islands, training=tuple(low), waiting=tuple(high), step_s=step_s)
+    return Timeline(islands=islands, training=tuple(low), waiting=tuple(high), step_s=step_s, virtual=virtual)
 
 
 def thin(items: Sequence[T], values: Iterable[float], most: int = MOST_POINTS) -> list[T]:
@@ -150,6 +175,10 @@ def thin(items: Sequence[T], values: Iterable[float], most: int = MOST_POINTS) -
 
 def _spread(round_: float, values: Sequence[float]) -> Spread:
     return Spread(round_, sum(values) / len(values), min(values), max(values))
+
+
+def _by_clock(segment: Segment) -> Segment:
+    return segment._replace(end_s=segment.clock_s, seconds=segment.clock_seconds or 0.0)
 
 
 def _bars(segments: Sequence[Segment]) -> tuple[list[Bar], list[Bar]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diloco import rundir
-from diloco.display import format_bytes, format_count, format_duration
+from diloco.formats import format_bytes, format_count, format_duration, format_perplexity
 from diloco.report.drawing import Key
 from diloco.report.history import number
 from diloco.report.html import Cell, table
@@ -25,11 +24,6 @@ def against_data_parallel(run: Run) -> str:
     if not sent or not parallel:
         return NONE
     return f"{parallel / sent:.3g} times less" if sent <= parallel else f"{sent / parallel:.3g} times more"
-
-
-def perplexity(loss: float | None) -> str:
-    """Of a validation loss."""
-    return NONE if loss is None else f"{math.exp(min(loss, 700.0)):,.1f}"
 
 
 def loss_text(loss: float | None) -> str:
@@ -55,11 +49,21 @@ def _members(run: Run) -> str:
     return NONE if lost is None or joined is None else f"{lost:.0f} / {joined:.0f}"
 
 
+def _participation(run: Run) -> str:
+    """Means over the outer steps: who lived, who took part, and with which share of all data."""
+    told = [(c.alive, c.participating, c.weight) for c in run.history.commits]
+    known = [(a, p, w) for a, p, w in told if a is not None and p is not None and w is not None]
+    if not known:
+        return NONE
+    alive, taking, weight = (sum(values) / len(known) for values in zip(*known, strict=True))
+    return f"{alive:.3g} / {taking:.3g} / {100 * weight:.0f} %"
+
+
 FIGURES: Mapping[str, Callable[[Run], str]] = {
     "validation loss": lambda run: loss_text(run.val_loss),
     "lowest": _figure("best_val_loss", loss_text),
     "before": _figure("initial_val_loss", loss_text),
-    "perplexity": lambda run: perplexity(run.val_loss),
+    "perplexity": lambda run: format_perplexity(run.val_loss),
     "bytes sent": _figure("bytes_sent", format_bytes),
     "up": _figure("bytes_up", format_bytes),
     "down": _figure("bytes_down", format_bytes),
@@ -78,6 +82,7 @@ FIGURES: Mapping[str, Callable[[Run], str]] = {
     "parameters": _figure("parameters", format_count),
     "accepted / rejected / late / stale": _contributions,
     "lost / joined": _members,
+    "alive / participating / weight": _participation,
 }
 
 

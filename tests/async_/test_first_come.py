@@ -24,7 +24,7 @@ from diloco.pool import Pool, Stretch
 from diloco.runtime.local import Local, LocalBackend
 from diloco.schedule import Barrier
 from tests.resume.test_resume_local import Broken, at_event, die
-from tests.toy import FakeRuntime, Line, digests, launch, make_view, records
+from tests.toy import Constant, FakeRuntime, Line, digests, launch, make_view, records
 
 ALL = math.inf  # grace: until everybody is there
 BASE: dict[str, Any] = {
@@ -303,6 +303,17 @@ def test_interrupted_anywhere_loses_nothing(runs: Path, event: int) -> None:
     again = launch(runs / "run", **settings, resume=str(runs / "run"))
     assert again.summary["status"] == "finished"
     assert again.summary["tokens"] == whole.summary["tokens"]
+
+
+def test_what_was_told_before_an_interruption_stays(runs: Path) -> None:
+    unlike = Constant(gradients=[1.0, 2.0, 3.0, 4.0])  # shards of unlike sizes: who draws a small one is back
+    settings = {**BASE, "workload": unlike, "rounds": 4, "seed": 2, **unequal()}
+    with at_event(66, LocalBackend.interrupt):
+        launch(runs / "run", **settings)
+    before = [record["steps"] for record in records(runs / "run", "segment")]
+    launch(runs / "run", **settings, resume=str(runs / "run"))
+    after = [record["steps"] for record in records(runs / "run", "segment")]
+    assert after[: len(before)] == before and sum(after) == 4 * 6 * 4  # each once
 
 
 def test_with_another_number_of_islands_the_rest_is_shared_out_anew(runs: Path) -> None:

@@ -105,3 +105,39 @@ def write_sweep(folder: Path) -> Path:
         writer.writerows(rows)
     (folder / "latest").symlink_to(rows[1]["directory"])
     return folder
+
+
+def step(time_s: float, round_: int, clock_s: float, island: int, stale: int, **more: Any) -> dict[str, Any]:
+    """An outer step on a single contribution, of two islands without a barrier."""
+    outer = {"outer/contributors": [island], "outer/stalenesses": [stale], "outer/cosines": []}
+    outer |= {"outer/contribution_norms": [2.0], "outer/alive": 2, "outer/participating": 1, "outer/weight": 0.5}
+    return {**commit(time_s, round_), **outer, "clock_s": clock_s, **more}
+
+
+def task(time_s: float, island: int, clock_s: float, clock_seconds: float, **more: Any) -> dict[str, Any]:
+    """Five steps by a virtual clock."""
+    return segment(time_s, island, 6.0, steps=5, clock_s=clock_s, clock_seconds=clock_seconds, **more)
+
+
+def free_records() -> list[dict[str, Any]]:
+    """Two rounds of two islands of which one is at a third of the other's speed, each contribution a step."""
+    return [
+        start(),
+        {**evaluation(1.5, 0, 8.0), "clock_s": 0.0},
+        task(3.0, 0, 5.0, 5.0),
+        step(3.0, 1, 5.0, 0, 0, **{"total/tokens": 100, "total/rounds": 0}),
+        task(3.0, 0, 11.0, 5.0, **{"comm/seconds_waiting": 1.0}),
+        step(4.0, 1, 11.0, 0, 0, **{"total/tokens": 200, "total/rounds": 0}),
+        task(4.0, 1, 15.0, 15.0),
+        {**evaluation(4.5, 1, 7.0), "clock_s": 15.0},
+        step(4.5, 1, 15.0, 1, 2, **{"total/tokens": 300, "total/rounds": 1}),
+        task(5.0, 0, 16.0, 5.0),
+        step(5.0, 2, 16.0, 0, 1, **{"total/tokens": 400, "total/rounds": 1}),
+        task(6.0, 1, 30.0, 15.0),
+        {"time_s": 6.0, "event": "stale", "round": 1, "island": 1, "staleness": 5, "message": "old", "clock_s": 30.0},
+        task(6.5, 0, 32.0, 5.0, **{"comm/seconds_waiting": 11.0}),
+        step(6.5, 2, 32.0, 0, 0, **{"total/tokens": 500, "total/rounds": 2}),
+        {**evaluation(7.0, 2, 6.0), "clock_s": 32.0},
+        {"time_s": 7.0, "event": "checkpoint", "round": 2, "path": "x", "seconds": 0.1, "clock_s": 32.0},
+        {"time_s": 8.0, "event": "end", "round": 2, "status": "finished"},
+    ]
