@@ -47,7 +47,7 @@ class Schedule(ABC):
             near = f"{down} or {down + fragments}" if down else f"{fragments}"
             raise ValueError(
                 f"inner_steps={inner_steps} is not divisible by the {fragments} fragments of the layout;"
-                f" use {near}, or other fragments (layout.layers_per_fragment)"
+                f" use {near}, or other fragments (layout.layers_per_fragment, or layout.count)"
             )
 
     @abstractmethod
@@ -61,6 +61,10 @@ class Schedule(ABC):
     def overlap_steps(self) -> int:
         """Inner steps that go on while an exchange is under way."""
         return 0
+
+    def commits_a_round(self, islands: int) -> int:
+        """How many outer steps of a module the contributions of all islands make."""
+        return 1
 
     def overdue_s(self, run: RunView) -> float | None:
         """When `commits` should be asked about all modules though nobody was heard; None = never."""

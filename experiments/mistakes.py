@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
@@ -128,6 +129,11 @@ def _not_composed(error: ConfigCompositionException, overrides: Sequence[str]) -
     if "No match in the defaults list" in text[0]:
         given = next((o for o in overrides if o.partition("=")[0] == named), f"{named}=...")
         return f"{given} needs a plus sign: write +{given}"
+    set_by = re.search(r"In '(.*)': .*Key '(.*)' not in '(.*)'", " ".join(text))
+    if set_by is not None:
+        where, key, part = set_by.groups()
+        name = where.replace("experiment/", "+experiment=")
+        return f"{name} sets {key}, which {part} has not: leave out {name}, or what chooses {part}"
     return " ".join(text[:2])
 
 

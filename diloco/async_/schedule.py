@@ -61,6 +61,10 @@ class FirstCome(Schedule):
         if self.speeds and len(self.speeds) != islands:
             raise ValueError(f"schedule.speeds has {len(self.speeds)} numbers for {islands} islands; give one each")
 
+    def commits_a_round(self, islands: int) -> int:
+        """One of each island's, or of a batch of them."""
+        return max(islands // self.batch, 1)
+
     def next_task(self, island: IslandView, run: RunView, now_s: float) -> Task | Wait | NoMore:
         """The next segment of the source's round; the first one takes the newest weights."""
         source, pool = run.sources[island.source], run.pool
