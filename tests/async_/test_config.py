@@ -12,12 +12,14 @@ import pytest
 
 from diloco import RunConfig
 from diloco.async_.outer import DelayedNesterov, HeLoCo
+from diloco.async_.schedule import FirstCome
 from diloco.checkpoint import Checkpoint
 from diloco.config import load, to_yaml
 from diloco.merge import RDA
 from diloco.outer import OuterOptimizer
 from diloco.runtime.base import Store
 from diloco.runtime.local import Local
+from diloco.schedule import Barrier
 from experiments import entry
 from experiments.composition import Request, single
 from experiments.mistakes import Mistake
@@ -30,6 +32,7 @@ RUN: dict[str, Any] = {
     "inner_steps": 2,
     "runtime": Local(),
     "checkpoint": Checkpoint(every=1),
+    "schedule": FirstCome(),
 }
 
 
@@ -80,6 +83,13 @@ def test_the_delay_is_resolved_at_the_start_and_kept_with_more_islands(runs: Pat
         launch(directory, **more, islands=4, outer=DelayedNesterov(delay=4))
     with pytest.raises(ValueError, match=r"outer\.lr=0\.5 was 0\.7"):
         launch(directory, **more, islands=4, outer=DelayedNesterov(lr=0.5))
+
+
+def test_a_barrier_makes_one_outer_step_of_all_contributions(runs: Path) -> None:
+    launch(runs / "run", **{**RUN, "schedule": Barrier()}, islands=2, outer=DelayedNesterov())
+    assert load(runs / "run" / "config.yaml").outer == DelayedNesterov(delay=1)
+    launch(runs / "batch", **{**RUN, "schedule": FirstCome(batch=2)}, islands=4, outer=DelayedNesterov())
+    assert load(runs / "batch" / "config.yaml").outer == DelayedNesterov(delay=2)
 
 
 def test_an_activation_that_fits_the_islands_of_the_start_goes_on_with_more(runs: Path) -> None:
