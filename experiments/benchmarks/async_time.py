@@ -26,7 +26,7 @@ from diloco.runtime.ray_cluster import RayCluster
 from experiments.benchmarks.async_table import EQUAL, EXTREME, GRACE, QUICK_ROUNDS, RATES, SCALE, SPEEDS, SYNC, method
 from experiments.benchmarks.lab import Lab, Method, conclude, opened, options
 
-STEP_S = 0.1  # on Ray: the sleep after a step of the fastest island
+STEP_S = 0.2  # on Ray: the sleep after a step of the fastest island
 RAY = replace(SCALE, steps=160, eval_sequences=128)
 METHODS = {
     SYNC: replace(method(SYNC, EQUAL, RATES[SYNC]), speeds=SPEEDS[EXTREME], eval_every=1),
