@@ -67,7 +67,7 @@ def test_schedules_without_a_barrier_are_compared_with_one(tmp_path: Path, capsy
     assert async_table.main(["--quick", "--to", str(tmp_path)]) == 0
     result = last_line(capsys)
     cells: dict[str, Any] = result["cells"]  # type: ignore[assignment]
-    assert set(cells) == set(async_table.cells(async_table.SPEEDS))
+    assert set(cells) == set(async_table.cells(async_table.FREE, async_table.SPEEDS))
     assert set(result["orders"]) == set(async_table.ORDERS)  # type: ignore[call-overload]
     for found in cells.values():
         assert found["difference"] == pytest.approx([found["loss"][0] - cells["sync"]["loss"][0]], abs=2e-5)
