@@ -63,7 +63,8 @@ LEVELS = {
     **dict.fromkeys((NAIVE, DN, DYLU, POLY, BUFFER), BOTH_ENDS),
 }
 
-# Outer rate and momentum: the best of GRID.
+# Outer rate and momentum: the best of GRID, by `--tune` of 2026-11-21 (experiments/records/2026-11-21_async_table);
+# DN + DyLU, which was not searched, has those of the same with grace.
 RATES = {
     SYNC: (0.7, 0.8),
     NAIVE: (0.09, 0.8),
