@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from diloco import RunConfig, config, rundir, train
+from diloco.async_.outer import DelayedNesterov
+from diloco.async_.schedule import FirstCome
 from diloco.checkpoint import Checkpoint
 from diloco.codec import Codec, Float32
 from diloco.data import Data, ShardSplit
@@ -74,6 +76,10 @@ class Method:
     by: MeanBy = MeanBy.uniform
     codec: Codec = field(default_factory=Float32)
     codec_down: Codec = field(default_factory=Float32)
+    free: FirstCome | None = None  # how islands go on without waiting for each other; None = with a barrier
+    delayed: bool = False  # delayed Nesterov instead of Nesterov
+    speeds: tuple[float, ...] = ()  # virtual ones, steps a second of each island; empty = 1 for all
+    eval_every: int = 0  # rounds; 0 = only at the start and the end
 
 
 class Lab:
@@ -83,18 +89,27 @@ class Lab:
         self.folder, self.scale = folder.absolute(), scale
         self.rows: list[dict[str, Any]] = []  # of metrics.csv: each run that was asked for
 
-    def loss(self, label: str, method: Method, seed: int) -> float:
-        """Validation loss in nats a byte after training `method`; infinite where it diverged."""
-        summary = self._summary(self.config(method, seed, init_from=str(self._pretrained(seed))))
+    def loss(self, label: str, method: Method, seed: int, chosen: RunConfig | None = None) -> float:
+        """Validation loss in nats a byte after training `method`, as `chosen` or `begun`; infinite if it diverged."""
+        summary = self._summary(chosen or self.begun(method, seed))
         loss = float("inf") if summary["val_loss"] is None else float(summary["val_loss"])
         sent = ("bytes_up", "bytes_down", "bytes_data_parallel")
         kept = ("islands", "inner_steps", "rounds", "tokens", *sent, "wall_s", "weights_sha256")
         row = {"label": label, "seed": seed, "initial_val_loss": summary["initial_val_loss"], "val_loss": loss}
         settings: dict[str, Any] = {"outer_lr": method.outer_lr, "momentum": method.momentum, "lr": method.lr}
-        settings |= {"codec": str(method.codec), "codec_down": str(method.codec_down)}
+        settings |= {name: str(vars(method)[name]) for name in ("codec", "codec_down", "free", "delayed", "speeds")}
         self.rows.append({**row, **settings, **{key: summary[key] for key in kept}})
         print(f"  seed {seed}  {label:44} {loss:.4f}  ({summary['wall_s']:.0f} s)", flush=True)
         return loss
+
+    def begun(self, method: Method, seed: int) -> RunConfig:
+        """The configuration of a run from this seed's common start, which is trained now unless it was."""
+        return self.config(method, seed, init_from=str(self._pretrained(seed)))
+
+    def records(self, chosen: RunConfig) -> list[dict[str, Any]]:
+        """metrics.jsonl of this configuration's run, done now unless it was."""
+        self._summary(chosen)
+        return [json.loads(line) for line in (self._directory(chosen) / "metrics.jsonl").read_text().splitlines()]
 
     def config(self, method: Method, seed: int, *, init_from: str) -> RunConfig:
         """The whole configuration of a run."""
@@ -109,7 +124,7 @@ class Lab:
             inner_steps=inner_steps,
             rounds=steps // inner_steps,
             segment_steps=0,
-            eval_every=0,
+            eval_every=method.eval_every,
             init_from=init_from,
             workload=CausalLM(model="micro"),
             data=Data(
@@ -122,13 +137,13 @@ class Lab:
                 split=method.split,
             ),
             inner=AdamW(lr=method.lr, warmup_steps=scale.warmup_steps),
-            schedule=Barrier(drop_probability=method.drop_probability),
+            schedule=method.free or Barrier(drop_probability=method.drop_probability),
             merge=Mean(by=method.by),
             outer=_outer(method),
             codec=method.codec,
             codec_down=method.codec_down,
             store=Store(shards=1),
-            runtime=Local(),
+            runtime=Local(seconds_per_step=[1 / speed for speed in method.speeds]),
             checkpoint=Checkpoint(every=0),
             metrics=Metrics(live=False),
         )
@@ -166,12 +181,11 @@ class Lab:
 
 
 def _outer(method: Method) -> OuterOptimizer:
+    if method.delayed:
+        return DelayedNesterov(lr=method.outer_lr, momentum=method.momentum)
     if method.momentum:
         return Nesterov(lr=method.outer_lr, momentum=method.momentum)
     return Sgd(lr=method.outer_lr)
-
-
-# --- what all of them print and write ---
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,13 +207,22 @@ class Order:
         }
 
 
-def arguments(about: str, argv: Sequence[str] | None) -> tuple[Lab, list[int]]:
-    """Read the command line that the benchmarks share: the lab to work in, and the seeds."""
+def options(about: str) -> argparse.ArgumentParser:
+    """The command line that the benchmarks share."""
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.add_argument("--seeds", default="0,1,2", help="seeds with commas between; default 0,1,2")
     parser.add_argument("--quick", action="store_true", help="seconds: shows that it works, its figures mean nothing")
     parser.add_argument("--to", type=Path, default=DEFAULT_FOLDER, help="folder of the runs; finished ones are kept")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def arguments(about: str, argv: Sequence[str] | None) -> tuple[Lab, list[int]]:
+    """Read the command line of a benchmark without options of its own: the lab to work in, and the seeds."""
+    return opened(options(about).parse_args(argv))
+
+
+def opened(given: argparse.Namespace) -> tuple[Lab, list[int]]:
+    """What `options` read: the lab to work in, and the seeds."""
     seeds = [0] if given.quick else [int(seed) for seed in given.seeds.split(",")]
     return Lab(given.to, QUICK if given.quick else FULL), seeds
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments.benchmarks import ablations, compression, lab, learning
+from experiments.benchmarks import ablations, async_table, async_time, compression, lab, learning
 from experiments.benchmarks.lab import Order
 
 
@@ -60,3 +61,64 @@ def test_an_order_holds_only_where_it_does_in_every_seed() -> None:
     }
     assert Order(better="a", worse="b", threshold=0.3).judge(losses)["holds"] is False
     assert Order(better="b", worse="a", threshold=-0.5).judge(losses)["holds"] is True
+
+
+def test_schedules_without_a_barrier_are_compared_with_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert async_table.main(["--quick", "--to", str(tmp_path)]) == 0
+    result = last_line(capsys)
+    cells: dict[str, Any] = result["cells"]  # type: ignore[assignment]
+    assert set(cells) == set(async_table.cells(async_table.FREE, async_table.SPEEDS))
+    assert set(result["orders"]) == set(async_table.ORDERS)  # type: ignore[call-overload]
+    for found in cells.values():
+        assert found["difference"] == pytest.approx([found["loss"][0] - cells["sync"]["loss"][0]], abs=2e-5)
+    clocks = {name: found["clock_s"][0] for name, found in cells.items()}
+    assert clocks["sync"] == clocks["naive async, equal"] == 8  # steps, of a second
+    assert result["sync_clock_s"] == pytest.approx({"equal": 8, "slight": 10, "moderate": 16, "very strong": 40})
+    assert (tmp_path / "async_table" / "table.md").is_file()
+
+    before = len(list(tmp_path.glob("seed*")))
+    assert async_time.main(["--quick", "--to", str(tmp_path)]) == 0
+    race: dict[str, float] = last_line(capsys)["races"][0]  # type: ignore[index]
+    assert race["sync_s"] == 40
+    assert race["target"] == pytest.approx(cells["sync"]["loss"][0], abs=1e-4)  # it does not depend on speeds
+    assert race["bound"] == 3.25
+    assert len(list(tmp_path.glob("seed*"))) == before + 2  # the common start was there
+
+
+def test_with_equal_speeds_dynamic_steps_are_all_of_them(tmp_path: Path) -> None:
+    found = lab.Lab(tmp_path, async_table.QUICK_ROUNDS)
+    for schedule in (async_table.DN, async_table.DYLU):
+        found.loss(schedule, async_table.method(schedule, async_table.EQUAL, (0.7, 0.8)), 0)
+    assert found.rows[0]["weights_sha256"] == found.rows[1]["weights_sha256"]
+    assert found.rows[0]["free"] != found.rows[1]["free"]
+
+
+def test_the_grid_of_outer_rates_is_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert async_table.main(["--quick", "--tune", "--to", str(tmp_path)]) == 0
+    result = last_line(capsys)
+    tried: dict[str, Any] = result["search"]  # type: ignore[assignment]
+    assert {name: len(found) for name, found in tried.items()} == {n: len(g) for n, g in async_table.GRID.items()}
+    assert all(async_table.RATES[name] in grid for name, grid in async_table.GRID.items())
+
+
+def test_a_race_ends_when_the_loss_was_first_reached() -> None:
+    records = [
+        {"event": "evaluation", "time_s": 3.0, "eval/loss": 5.0},
+        {"event": "commit", "time_s": 3.5},
+        {"event": "evaluation", "time_s": 4.0, "eval/loss": 2.0},
+        {"event": "evaluation", "time_s": 6.0, "eval/loss": 1.0},
+    ]
+    curve = async_time.curve(records, "time_s")
+    assert curve == [(0.0, 5.0), (1.0, 2.0), (3.0, 1.0)]
+    assert [async_time.until(curve, target) for target in (2.5, 2.0, 1.5, 0.5)] == [1.0, 1.0, 3.0, math.inf]
+    assert async_time.bound([1.0, 1.0]) == 1
+    never = async_time.Race(sync_s=4.0, async_s=math.inf, target=1.0, final=2.0, bound=3.0)
+    assert never.ratio == 0 and never.figures()["async_s"] is None
+
+
+@pytest.mark.timeout(300)
+def test_the_race_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert async_time.main(["--quick", "--ray", "--to", str(tmp_path)]) == 0
+    race: dict[str, float] = last_line(capsys)["races"][0]  # type: ignore[index]
+    assert race["sync_s"] > 4 * 2 * 0.5  # rounds of two steps of the slowest
+    assert 1 < race["bound"] <= 3.25
