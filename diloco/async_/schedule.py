@@ -136,7 +136,14 @@ class FirstCome(Schedule):
         return commits
 
     def regroup_s(self, run: RunView, now_s: float) -> float:
-        """With those that still wait for others, or as the first of the next ones."""
+        """With those that still wait for others, or as the first of the next ones.
+
+        Where speeds are measured, the first round waits for all: cycles that are as long as each other but begin at
+        different times would never come together.
+        """
+        alive = [island.source for island in run.islands.values() if island.alive] if self.by_speed else []
+        if not self.speeds and any(run.sources[source].pace_s is None for source in alive):
+            return math.inf
         waiting_s = [ready_s for ready_s in run.gathered.values() if ready_s >= now_s]
         return waiting_s[-1] if waiting_s else now_s + self.grace_s
 
