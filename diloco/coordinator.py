@@ -231,14 +231,13 @@ class Coordinator:
         before, over = self.run.round, self.run.rounds_over()
         if over == before:
             return [*(self._dispatch(sorted(self._waiting)) if self._schedule.by_fragment else []), *measure]
-        self.run.round = over
-        due = any(self.run.eval_due(round_) for round_ in range(before + 1, over + 1))
+        self.run.round, ended = over, range(before + 1, over + 1)
         save: list[Save] = []
         if self.run.pool is None:
             save = self._saves.at_round_end(self.run)
-        elif any(self.run.save_due(round_) for round_ in range(before + 1, over + 1)) and self._draining is Drain.no:
+        elif any(map(self.run.save_due, ended)) and self._draining is Drain.no:
             self._draining, self._saves.pausing = Drain.tasks, True
-        evaluation = [self._evaluation()] if due else []
+        evaluation = [self._evaluation()] if any(map(self.run.eval_due, ended)) else []
         return [*self._dispatch(sorted(self._waiting)), *evaluation, *measure, *save]
 
     # --- tasks ---

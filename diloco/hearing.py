@@ -59,8 +59,9 @@ def late(event: Received, run: RunView) -> Log:
 
 
 def _account(work: list[Work], run: RunView, *, in_vain: bool = False) -> None:
-    for done in work if run.pool is not None else []:
-        assert run.pool is not None
+    if run.pool is None:
+        return
+    for done in work:
         if in_vain:
             run.pool.give_back(done.stretch)
         else:

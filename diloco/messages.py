@@ -111,7 +111,7 @@ class Payload:
 
     def sha256(self) -> str:
         """Of the values, as they are encoded."""
-        return hashlib.sha256(self.body.tobytes()).hexdigest()
+        return hashlib.sha256(self.body.data).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

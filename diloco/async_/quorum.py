@@ -65,7 +65,6 @@ class Quorum(Schedule):
         turn = max(source.round, _next_turn(run)) if first else source.round
         if island.queued and self._may_come(run, island, source):
             return Wait()  # it is busy until then, and something may be there in time
-        stretch = None
         shard, position, turn_steps = source.shard, source.position, source.round_steps
         if first:
             wanted = self.turn_steps(run, source, turn, now_s)

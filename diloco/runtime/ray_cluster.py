@@ -100,7 +100,7 @@ class RayBackend(Backend):
     def setup(self, modules: Modules) -> None:
         """Tells all islands, and waits until they are ready."""
         self._modules = modules
-        self._puller = Puller(self._shards, modules)
+        self._puller = Puller(self._shards, modules, self._job.codec_down)
         get_all({f"island {i}": island.built for i, island in self._islands.items() if i != EVALUATOR})
         answers = {island: handle.setup(modules) for island, handle in self._islands.items()}
         self._nodes = {island: get(refs)[0] for island, refs in answers.items()}

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from ray.exceptions import RayError
 
+from diloco.codec import Codec, Float32
 from diloco.messages import IslandId, ModuleKey, Modules
 from diloco.runtime.ray_refs import Pending, Ref, Then
 
@@ -140,8 +141,10 @@ class Pusher:
 class Puller:
     """Has the shards of the store give out what islands and the evaluator want of them."""
 
-    def __init__(self, shards: Sequence[Any], modules: Modules) -> None:
+    def __init__(self, shards: Sequence[Any], modules: Modules, codec_down: Codec) -> None:
+        """Without a codec what one gets does not depend on what one has: all get the same object."""
         self._shards, self._holders = shards, modules.shards
+        self._updates = not isinstance(codec_down, Float32)
         self._given: dict[tuple[int, str, tuple[tuple[ModuleKey, int | None], ...]], Ref] = {}
 
     def renew(self) -> None:
@@ -155,7 +158,7 @@ class Puller:
         """
         by_shard: dict[int, dict[ModuleKey, int | None]] = {}
         for key, have in wants.items():
-            by_shard.setdefault(self._holders[key], {})[key] = have
+            by_shard.setdefault(self._holders[key], {})[key] = have if self._updates else None
         refs = []
         for shard in sorted(by_shard, key=lambda shard: (shard - island - 1) % len(self._shards)):
             asked = (shard, node, tuple(by_shard[shard].items()))
