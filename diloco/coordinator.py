@@ -38,6 +38,7 @@ from diloco.pushes import Pushes
 from diloco.saves import Drain, Saves
 from diloco.schedule import NoMore, Schedule, Wait
 from diloco.views import RunView
+from diloco.waiting import Waiting
 from diloco.watch import Watch
 
 QUEUE_DEPTH = 2  # tasks given to an island at once, so that it never waits for the driver between two
@@ -50,7 +51,7 @@ class Coordinator:
         self.run = run
         self._schedule = schedule
         self._queued = 0  # tasks given out to living islands and not finished
-        self._waiting: set[IslandId] = set()  # islands for which there was nothing to do when they were last asked for
+        self._waiting = Waiting()
         self._pushes = Pushes()
         self._asked = 0  # evaluations and measurements that were not answered yet
         self._saves = Saves()
@@ -111,12 +112,10 @@ class Coordinator:
         if task.island == EVALUATOR:
             return [self._evaluated(report)]
         island = self.run.islands[task.island]
-        source = self.run.sources[task.source]
         if not island.alive or island.queued == 0:
             return []  # fenced: it was given up for lost, and its work was given out again
         self._queue(island, -1)
-        source.trained(report, event.now_s)
-        self.run.count(report)
+        self.run.trained(report, event.now_s)
         commands: list[Command] = [] if task.steps == 0 else [records.segment(report)]
         if "inner/fresh_state" in report.metrics:
             commands.append(records.fresh_state(task, self.run.round))
@@ -224,13 +223,13 @@ class Coordinator:
         real = tuple(commit for commit in commits if commit.sources)
         outer, measure = ([CommitAll(commits=real)], [Measure()]) if real else ([], [])
         self._asked += len(measure)
-        return [*left_out, *outer, *self._round_end(measure)]
+        return [*left_out, *outer, *self._round_end([commit.module for commit in commits], measure)]
 
-    def _round_end(self, measure: list[Measure]) -> list[Command]:
+    def _round_end(self, stepped: list[ModuleKey], measure: list[Measure]) -> list[Command]:
         """What follows an outer step; with what else follows where all modules have ended the present round."""
         before, over = self.run.round, self.run.rounds_over()
         if over == before:
-            return [*(self._dispatch(sorted(self._waiting)) if self._schedule.by_fragment else []), *measure]
+            return [*(self._dispatch(self._waiting.on(stepped)) if self._schedule.by_fragment else []), *measure]
         self.run.round, ended = over, range(before + 1, over + 1)
         save: list[Save] = []
         if self.run.pool is None:
@@ -238,7 +237,7 @@ class Coordinator:
         elif any(map(self.run.save_due, ended)) and self._draining is Drain.no:
             self._draining, self._saves.pausing = Drain.tasks, True
         evaluation = [self._evaluation()] if any(map(self.run.eval_due, ended)) else []
-        return [*self._dispatch(sorted(self._waiting)), *evaluation, *measure, *save]
+        return [*self._dispatch(self._waiting.all()), *evaluation, *measure, *save]
 
     # --- tasks ---
 
@@ -251,7 +250,7 @@ class Coordinator:
             while view.alive and view.queued < QUEUE_DEPTH:
                 task = self._schedule.next_task(view, self.run, self._now_s)
                 if isinstance(task, Wait | NoMore):
-                    self._waiting.add(island)
+                    self._waiting.add(island, task.keys if isinstance(task, Wait) else frozenset())
                     break
                 self._waiting.discard(island)
                 commands.append(self._give(task, view))

@@ -9,6 +9,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from diloco.messages import ShardId
 
 
@@ -89,9 +91,8 @@ class Pool:
         self.done += steps
 
     def _draw(self, examples: Sequence[int], seed: int) -> ShardId:
-        served = [position - begun for position, begun in zip(self.positions, self.begun, strict=True)]
-        all_examples, all_served = sum(examples), sum(served) or 1
-        lacking = [max(e / all_examples - s / all_served, 0.0) for e, s in zip(examples, served, strict=True)]
-        weights = lacking if any(lacking) else [float(e) for e in examples]
-        chosen = random.Random(f"shard/{seed}/{self.draws}").choices(range(len(examples)), weights)
-        return ShardId(chosen[0])
+        served, wanted = np.subtract(self.positions, self.begun), np.asarray(examples)
+        lacking = np.maximum(wanted / wanted.sum() - served / (served.sum() or 1), 0.0)
+        upto = np.cumsum(lacking if lacking.any() else wanted)
+        drawn = random.Random(f"shard/{seed}/{self.draws}").random() * upto[-1]
+        return ShardId(min(int(np.searchsorted(upto, drawn, side="right")), len(upto) - 1))

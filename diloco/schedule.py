@@ -22,9 +22,10 @@ LEAST_ARRIVALS = 3  # of a source, before it is said to be late
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing to do for this island until something happens, or until a time."""
+    """Nothing to do for this island until something happens: a time, or an outer step of one of these modules."""
 
     until_s: float | None = None
+    keys: frozenset[ModuleKey] = frozenset()  # none: of any module
 
 
 @dataclass(frozen=True)

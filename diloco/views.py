@@ -21,6 +21,7 @@ from diloco.messages import (
     Task,
     Turn,
 )
+from diloco.paces import Paces
 from diloco.pool import Pool, Stretch
 from diloco.progress import IslandView, ModuleView, SourceView
 
@@ -101,6 +102,7 @@ class RunView:
             for module in modules:
                 if view.segment == 0 and module.round == view.round < self.rounds and self.pool is None:
                     module.awaited.add(view.source)
+        self.paces = Paces(self.sources)
 
     def path_of(self, source: SourceView) -> Mapping[SlotName, ModuleKey]:
         """Which module fills which slot for `source`."""
@@ -115,8 +117,12 @@ class RunView:
         path = self.path_of(source)
         return [path[slot] for slot in self.fragments[fragment]]
 
-    def count(self, report: Report) -> None:
+    def trained(self, report: Report, now_s: float) -> None:
         """An island's finished task."""
+        source = self.sources[report.task.source]
+        before_s = source.pace_s
+        source.trained(report, now_s)
+        self.paces.after(source.source, before_s)
         lone = len(self.islands) == 1
         self.counters.count(report, lone=lone)
         if report.task.round > self.round:
@@ -146,7 +152,7 @@ class RunView:
         Returns those that may go on now: nobody waits once no one is left who could come.
         """
         self.gathered[island] = ready_s
-        if ready_s > now_s and len(self.gathered) == self.alive():
+        if ready_s > now_s and all(number in self.gathered for number, view in self.islands.items() if view.alive):
             self.gathered = dict.fromkeys(self.gathered, now_s)
         return self.ready(now_s)
 

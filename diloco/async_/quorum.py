@@ -63,8 +63,9 @@ class Quorum(Schedule):
         assert pool is not None
         first = source.segment == 0
         turn = max(source.round, _next_turn(run)) if first else source.round
-        if island.queued and self._may_come(run, island, source):
-            return Wait()  # it is busy until then, and something may be there in time
+        missing = self._missing(run, island, source) if island.queued else frozenset()
+        if missing:
+            return Wait(keys=missing)  # it is busy until then, and something may be there in time
         shard, position, turn_steps = source.shard, source.position, source.round_steps
         if first:
             wanted = self.turn_steps(run, source, turn, now_s)
@@ -103,7 +104,7 @@ class Quorum(Schedule):
             return steps
         left_s = run.turn_ends_s.get(turn, math.inf) - max(now_s, source.free_s)
         if left_s == math.inf:
-            return math.ceil(steps * _least_pace_s(run) / source.pace_s)
+            return math.ceil(steps * (run.paces.least_s or 0.0) / source.pace_s)
         return min(max(round(left_s / source.pace_s), 0), steps)
 
     def commits(self, run: RunView, touched: Sequence[ModuleKey], now_s: float) -> list[Commit]:
@@ -153,7 +154,7 @@ class Quorum(Schedule):
             return heard_s[-1]
         reached_s = heard_s[enough - 1]
         sync_s = 2 * statistics.median(run.pushes_s) if run.pushes_s else 0.0
-        left_s = self.lag * _least_pace_s(run) - (reached_s - heard_s[0]) - sync_s
+        left_s = self.lag * (run.paces.least_s or 0.0) - (reached_s - heard_s[0]) - sync_s
         return reached_s + max(self.grace * left_s, 0.0)
 
     def _install(self, run: RunView, island: IslandView, source: SourceView) -> dict[SlotName, int]:
@@ -168,22 +169,17 @@ class Quorum(Schedule):
                 found |= {slot: v for slot, v in newer.items() if v > island.holds.get(path[slot], -1)}
         return found
 
-    def _may_come(self, run: RunView, island: IslandView, source: SourceView) -> bool:
-        """Whether a fragment is due whose outer step has not been taken."""
+    def _missing(self, run: RunView, island: IslandView, source: SourceView) -> frozenset[ModuleKey]:
+        """The modules of fragments that are due and have not taken their outer step."""
         due = [fragment for fragment, at in source.sent.items() if source.taken - at == self.lag]
         path = run.path_of(source)
         keys = [path[slot] for fragment in due for slot in run.fragments[fragment]]
-        return any(run.modules[key].version <= island.holds.get(key, -1) for key in keys)
+        return frozenset(key for key in keys if run.modules[key].version <= island.holds.get(key, -1))
 
     def _steps(self, run: RunView, source: SourceView, turn_steps: int) -> int:
         """Up to the turn's end, the next fragment's install, or a segment's end."""
         due = [at + self.lag - source.taken for at in source.sent.values() if at + self.lag > source.taken]
         return min([turn_steps - source.done, *due, *([run.segment_steps] if run.segment_steps else [])])
-
-
-def _least_pace_s(run: RunView) -> float:
-    """Seconds a step of the fastest."""
-    return min((s.pace_s for s in run.sources.values() if s.pace_s is not None), default=0.0)
 
 
 def _next_turn(run: RunView) -> int:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from diloco.async_.speed import measured, steps_by_speed
-from diloco.messages import Commit, ModuleKey, Task, Turn
+from diloco.async_.speed import steps_by_speed
+from diloco.messages import Commit, IslandId, ModuleKey, Task, Turn
 from diloco.progress import IslandView
 from diloco.schedule import NoMore, Schedule, Wait
 from diloco.views import RunView
@@ -108,9 +108,12 @@ class FirstCome(Schedule):
         """Of an island's next round."""
         if not self.by_speed:
             return run.inner_steps
-        speeds = list(self.speeds) or measured(run)
-        own, seen = speeds[island.source], [speed for speed in speeds if speed is not None]
-        return run.inner_steps if own is None else steps_by_speed(own, max(seen), run.inner_steps)
+        if self.speeds:
+            return steps_by_speed(self.speeds[island.source], max(self.speeds), run.inner_steps)
+        pace_s, least_s = run.sources[island.source].pace_s, run.paces.least_s
+        if pace_s is None or least_s is None:
+            return run.inner_steps
+        return steps_by_speed(1 / pace_s, 1 / least_s, run.inner_steps)
 
     def commits(self, run: RunView, touched: Sequence[ModuleKey], now_s: float) -> list[Commit]:
         """A commit for each module that has enough contributions; at the end of all data, what there is."""
@@ -141,8 +144,8 @@ class FirstCome(Schedule):
         Where speeds are measured, the first round waits for all: cycles that are as long as each other but begin at
         different times would never come together.
         """
-        alive = [island.source for island in run.islands.values() if island.alive] if self.by_speed else []
-        if not self.speeds and any(run.sources[source].pace_s is None for source in alive):
+        measured = self.by_speed and not self.speeds
+        if measured and any(run.islands[IslandId(source)].alive for source in run.paces.unseen):
             return math.inf
         waiting_s = [ready_s for ready_s in run.gathered.values() if ready_s >= now_s]
         return waiting_s[-1] if waiting_s else now_s + self.grace_s

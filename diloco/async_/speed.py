@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import math
 
-from diloco.views import RunView
-
 ROUNDING = 1e-9  # 0.9 / 1 * 50 is a little less than 45
 
 
 def steps_by_speed(speed: float, fastest: float, inner_steps: int) -> int:
     """floor(v / max v * H), at least 1; the fastest takes H."""
     return max(1, math.floor(speed / fastest * inner_steps + ROUNDING))
-
-
-def measured(run: RunView) -> list[float | None]:
-    """Steps a second of each source; None: nothing was seen of it yet."""
-    paces_s = [source.pace_s for source in run.sources.values()]
-    return [None if pace_s is None else 1 / pace_s for pace_s in paces_s]
