@@ -24,9 +24,10 @@ class Counters:
     bytes_inside: int = 0  # between the workers of islands
     bytes_sent: int = 0  # between those who are far apart: up and down, and between the workers of a lone island
     inner_steps: int = 0  # finished, over all islands
-    inner_s: float = 0.0  # spent in them
+    inner_s: float = 0.0  # spent in them, by the runtime's clock
     waiting_s: float = 0.0
     train_s: float = 0.0  # wall seconds from the first task to the last event, kept by who drives the run
+    clock_s: float = 0.0  # the same by the runtime's clock, which may be virtual
     initial_val_loss: float | None = None
     val_loss: float | None = None
     best_val_loss: float | None = None
@@ -35,7 +36,7 @@ class Counters:
     def count(self, report: Report, *, lone: bool) -> None:
         """An island's finished task; `lone`: there is no other."""
         self.inner_steps += report.task.steps
-        self.inner_s += report.seconds
+        self.inner_s += report.clock_s
         self.waiting_s += report.waiting_s
         self.bytes_up += report.bytes_up
         self.bytes_down += report.bytes_down

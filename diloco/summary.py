@@ -50,7 +50,7 @@ def outcome(counters: Counters, *, islands: int, parameters: int, wall_s: float)
         "islands_lost": counters.islands_lost,
         "islands_joined": counters.islands_joined,
         "waiting_s": round(counters.waiting_s, 3),
-        "compute_utilization": round(busy_s / counters.train_s, 4) if counters.train_s > 0 else None,
+        "compute_utilization": round(busy_s / counters.clock_s, 4) if counters.clock_s > 0 else None,
     }
 
 

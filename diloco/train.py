@@ -182,13 +182,15 @@ class _Session:
         defaults = configuration.defaults_of_changed(self._config)
         writer.write({"event": "start", "round": self._view.round, **self._environment, "defaults": defaults})
         stop: Stop | None = None
-        counters, before_s, start_s = self._view.counters, self._view.counters.train_s, time.monotonic()
+        counters, start_s = self._view.counters, time.monotonic()
         event: Event = Started(now_s=self._backend.now_s())
+        before_s, clock_before_s = counters.train_s, counters.clock_s - event.now_s
         islands = self._view.islands
         display.watch(lambda: {number: view.queued > 0 for number, view in islands.items() if view.alive})
         with _interruptible(self._backend, display.message):
             while stop is None:
                 counters.train_s = before_s + time.monotonic() - start_s
+                counters.clock_s = clock_before_s + event.now_s
                 for command in coordinator.handle(event):
                     match command:
                         case Log():

@@ -468,6 +468,7 @@ class FakeRuntime:
             task=task,
             tokens=10 * task.steps,
             seconds=0.5 * task.steps,
+            clock_s=0.5 * task.steps,
             waiting_s=0.25 * task.steps,
             bytes_up=sent,
             bytes_down=got,

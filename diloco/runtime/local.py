@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -51,26 +52,47 @@ class Local(Runtime):
 
     seconds_per_step: list[float] = field(default_factory=list)  # virtual, one number an island; empty = 1 for all
     latency_s: float = 0.0  # virtual, of a message between the driver and an island or a shard of the store, one way
+    mbits_per_s: list[float] = field(default_factory=list)  # virtual, of each island's link, each way; empty = no limit
 
     def __post_init__(self) -> None:
         if not 0 <= self.latency_s < float("inf"):
             raise ValueError(f"runtime.latency_s={self.latency_s} must not be negative")
         if any(not seconds > 0 for seconds in self.seconds_per_step):
             raise ValueError(f"runtime.seconds_per_step={self.seconds_per_step} must hold positive numbers")
+        if any(not rate > 0 for rate in self.mbits_per_s):
+            raise ValueError(f"runtime.mbits_per_s={self.mbits_per_s} must hold positive numbers; .inf = no limit")
 
     def open(self, job: Job) -> Backend:
-        """Checks that there is a speed for each island."""
+        """Checks that there is a speed and a link for each island."""
         one_each("runtime.seconds_per_step", self.seconds_per_step, job.islands)
+        one_each("runtime.mbits_per_s", self.mbits_per_s, job.islands)
         if job.gpus_per_worker > 0 and not torch.cuda.is_available():
             raise ValueError(f"gpus_per_worker={job.gpus_per_worker:g}: there is no CUDA device here; use 0")
-        return LocalBackend(job, self.seconds_per_step or [1.0] * job.islands, self.latency_s)
+        return LocalBackend(job, self)
+
+
+@dataclass(kw_only=True)
+class Link:
+    """One way of an island's connection, virtual: one message after the other."""
+
+    bytes_per_s: float = math.inf
+    free_s: float = 0.0  # when the last message is through
+
+    def through_s(self, begin_s: float, size_bytes: int) -> float:
+        """When a message that is there at `begin_s` has been sent."""
+        self.free_s = max(begin_s, self.free_s) + size_bytes / self.bytes_per_s
+        return self.free_s
 
 
 class LocalBackend(Backend):
     """Islands and shards as plain objects; a heap of what happens when."""
 
-    def __init__(self, job: Job, seconds_per_step: list[float], latency_s: float) -> None:
-        self._job, self._seconds_per_step, self._latency_s = job, seconds_per_step, latency_s
+    def __init__(self, job: Job, settings: Local) -> None:
+        self._job, self._latency_s = job, settings.latency_s
+        self._seconds_per_step = {EVALUATOR: 0.0, **_of_islands(settings.seconds_per_step or [1.0] * job.islands)}
+        rates = _of_islands(settings.mbits_per_s)
+        self._up = {island: Link(bytes_per_s=rate * 1e6 / 8) for island, rate in rates.items()}
+        self._down = {island: Link(bytes_per_s=rate * 1e6 / 8) for island, rate in rates.items()}
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(job.threads_per_worker)
         self._islands: dict[IslandId, Island] = {}
@@ -215,9 +237,12 @@ class LocalBackend(Backend):
             self._sent[task.turn] = contributions
         if task.save:
             self._frozen[task.source, task.round] = self._islands[task.island].export(task.source)
-        speed = 0.0 if task.island == EVALUATOR else self._seconds_per_step[task.island]
+        speed = self._seconds_per_step[task.island]
         free_s = self._free_at_s.get(task.island, 0.0)
-        start_s = max(self._clock_s + self._latency_s, free_s)
+        there_s = self._clock_s + self._latency_s
+        if task.island in self._down and report.bytes_down:
+            there_s = self._down[task.island].through_s(self._clock_s, report.bytes_down) + self._latency_s
+        start_s = max(there_s, free_s)
         self._free_at_s[task.island] = start_s + speed * task.steps
         heard_s = self._free_at_s[task.island] + self._latency_s
         # Waiting is virtual too: islands that take turns in one process always wait for each other.
@@ -241,10 +266,17 @@ class LocalBackend(Backend):
     def _push(self, task: Task) -> None:
         sent = self._sent.pop(task.turn)
         verdicts = tuple(self._shards[self._modules.shards[c.module]].push(c) for c in sent)
-        heard_s = self._clock_s + 2 * self._latency_s
+        sent_s = self._clock_s
+        if task.island in self._up:
+            sent_s = self._up[task.island].through_s(sent_s, sum(c.payload.nbytes for c in sent))
+        heard_s = sent_s + 2 * self._latency_s
         event = Received(now_s=heard_s, turn=task.turn, verdicts=verdicts, attempt=task.attempt)
         self._later(heard_s - self._clock_s, event)
 
     def _later(self, delay_s: float, event: Event | Callable[[], Event]) -> None:
         self._count += 1
         heapq.heappush(self._events, (self._clock_s + delay_s, self._count, event))
+
+
+def _of_islands(numbers: list[float]) -> dict[IslandId, float]:
+    return {IslandId(index): number for index, number in enumerate(numbers)}

@@ -85,6 +85,7 @@ MISTAKES = {
     "workload.blocks=4 layout=fragments inner_steps=7": ["inner_steps=7", "divisible by the 4 fragments", "4 or 8"],
     "layout=fragments layout.cut=random": ["layout.cut=random", "strided"],
     "runtime.latency_s=-1": ["latency_s=-1"],
+    "runtime=local runtime.mbits_per_s=[0,1]": ["mbits_per_s=[0.0, 1.0]", "positive"],
     "data=text": ["data.corpus", "one by one"],
     "+experiment=quickstar": ["+experiment=quickstar", "did you mean quickstart?"],
     "experiment=smoke": ["write +experiment=smoke"],
