@@ -106,6 +106,10 @@ class RunConfig:
             )
         return tuple(given)
 
+    def num_sources(self) -> int:
+        """How many contribute: as many as islands, or as the layout has paths for."""
+        return self.schedule.num_sources(self.islands, self.layout.num_paths())
+
     def resolved(self) -> RunConfig:
         """The same with all that is left to be derived from the number of islands; once, at a run's start."""
         store = replace(self.store, shards=self.store.resolved(self.islands))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 from diloco import hearing, records, saved_view, tasks
+from diloco.evaluations import Evaluations
 from diloco.events import (
     Command,
     CommitAll,
@@ -19,7 +19,6 @@ from diloco.events import (
     Finished,
     Interrupted,
     Joined,
-    Log,
     Lost,
     Measure,
     Push,
@@ -32,11 +31,12 @@ from diloco.events import (
     Stop,
     Tick,
 )
-from diloco.messages import EVALUATOR, Commit, IslandId, ModuleKey, Report, Task
+from diloco.messages import EVALUATOR, Commit, IslandId, ModuleKey, Task
 from diloco.progress import IslandView
 from diloco.pushes import Pushes
 from diloco.saves import Drain, Saves
 from diloco.schedule import NoMore, Schedule, Wait
+from diloco.seats import Bench, hand_over, note
 from diloco.views import RunView
 from diloco.waiting import Waiting
 from diloco.watch import Watch
@@ -51,9 +51,11 @@ class Coordinator:
         self.run = run
         self._schedule = schedule
         self._queued = 0  # tasks given out to living islands and not finished
-        self._waiting = Waiting()
+        self._waiting: Waiting[IslandId] = Waiting()
+        self._bench = Bench(run, schedule) if run.moving else None
         self._pushes = Pushes()
-        self._asked = 0  # evaluations and measurements that were not answered yet
+        self._evaluations = Evaluations()
+        self._asked = 0  # measurements that were not answered yet
         self._saves = Saves()
         self._watch = Watch()
         self._draining = Drain.no
@@ -75,7 +77,7 @@ class Coordinator:
                 commands = self._on_received(event)
             case Committed():
                 self._asked -= 1
-                commands = [records.committed(event, self.run)] if event.stats else []
+                commands = [*records.committed(event, self.run)]
             case Saved():
                 commands = self._on_saved(event)
             case Lost():
@@ -105,17 +107,18 @@ class Coordinator:
     def _on_started(self, event: Started) -> list[Command]:
         self.run.started(event.now_s)
         due = self.run.eval_due(self.run.round) and self.run.counters.evaluated_round < self.run.round
-        return [*([self._evaluation()] if due else []), *self._dispatch(self.run.islands)]
+        return [*(self._evaluations.begin(self.run) if due else []), *self._dispatch(self.run.islands)]
 
     def _on_finished(self, event: Finished) -> list[Command]:
         report, task = event.report, event.report.task
         if task.island == EVALUATOR:
-            return [self._evaluated(report)]
+            return self._evaluations.heard(report, self.run)
         island = self.run.islands[task.island]
         if not island.alive or island.queued == 0:
             return []  # fenced: it was given up for lost, and its work was given out again
         self._queue(island, -1)
         self.run.trained(report, event.now_s)
+        waited = self._bench is not None and task.save and self._bench.saved(self.run.sources[task.source])
         commands: list[Command] = [] if task.steps == 0 else [records.segment(report)]
         if "inner/fresh_state" in report.metrics:
             commands.append(records.fresh_state(task, self.run.round))
@@ -124,7 +127,7 @@ class Coordinator:
             commands.append(Push(task=task))
         elif task.ends:
             commands += self._commit_ready(self.run.drop(task))
-        return commands + self._dispatch([task.island])
+        return commands + self._dispatch([task.island, *(self._waiting.all() if waited else [])])
 
     def _on_received(self, event: Received) -> list[Command]:
         return [command for heard in self._pushes.judged(event) for command in self._arrived(heard)]
@@ -166,13 +169,15 @@ class Coordinator:
             return []
         self.run.counters.islands_lost += 1
         self._queue(island, -island.queued)
-        island.alive = False
-        source = self.run.sources[island.source]
-        self._pushes.forget(source.source)
-        island.holds = {}
-        self.run.lose(source)
-        keys = list(self.run.path_of(source).values())
-        again = self._dispatch(self.run.islands) if self.run.pool else self._go_on(keys, [])
+        island.alive, island.holds, island.trains = False, {}, None
+        sources = self._bench.lost(event.island) if self._bench else [self.run.sources[island.source]]
+        for source in sources:
+            self._pushes.forget(source.source)
+            self.run.lose(source)
+        if self._bench or self.run.pool:
+            again = self._dispatch(self.run.islands)
+        else:
+            again = self._go_on(list(self.run.path_of(sources[0]).values()), [])
         return [records.lost(event, self.run.round), Respawn(island=event.island), *again]
 
     def _on_joined(self, event: Joined) -> list[Command]:
@@ -180,8 +185,9 @@ class Coordinator:
         island = self.run.islands[event.island]
         island.alive = True
         source = self.run.sources[island.source]
-        if self.run.pool:
-            return [records.joined(event, self.run.round), *self._dispatch(self._gathered(event.island))]
+        if self._bench or self.run.pool:
+            free = [event.island] if self._bench else self._gathered(event.island)
+            return [records.joined(event, self.run.round), *self._dispatch(free)]
         keys = list(self.run.path_of(source).values())
         source.round = source.began = 1 + max(self.run.modules[key].round for key in keys)
         return [records.joined(event, self.run.round), *self._go_on(keys, [event.island])]
@@ -227,16 +233,18 @@ class Coordinator:
 
     def _round_end(self, stepped: list[ModuleKey], measure: list[Measure]) -> list[Command]:
         """What follows an outer step; with what else follows where all modules have ended the present round."""
+        if self._bench:
+            self._bench.stepped(stepped)
         before, over = self.run.round, self.run.rounds_over()
         if over == before:
             return [*(self._dispatch(self._waiting.on(stepped)) if self._schedule.by_fragment else []), *measure]
         self.run.round, ended = over, range(before + 1, over + 1)
         save: list[Save] = []
-        if self.run.pool is None:
+        if self.run.pool is None and not self.run.moving:
             save = self._saves.at_round_end(self.run)
         elif any(map(self.run.save_due, ended)) and self._draining is Drain.no:
             self._draining, self._saves.pausing = Drain.tasks, True
-        evaluation = [self._evaluation()] if any(map(self.run.eval_due, ended)) else []
+        evaluation = self._evaluations.begin(self.run) if any(map(self.run.eval_due, ended)) else []
         return [*self._dispatch(self._waiting.all()), *evaluation, *measure, *save]
 
     # --- tasks ---
@@ -248,7 +256,7 @@ class Coordinator:
         for island in islands:
             view = self.run.islands[island]
             while view.alive and view.queued < QUEUE_DEPTH:
-                task = self._schedule.next_task(view, self.run, self._now_s)
+                task = (self._bench or self._schedule).next_task(view, self.run, self._now_s)
                 if isinstance(task, Wait | NoMore):
                     self._waiting.add(island, task.keys if isinstance(task, Wait) else frozenset())
                     break
@@ -257,8 +265,11 @@ class Coordinator:
         return commands
 
     def _give(self, task: Task, island: IslandView) -> Run:
+        take_up = self.run.moving and hand_over(self.run.sources[task.source], island)
         self.run.give(task, self._now_s)
-        run = Run(task=task, wants=island.give(task), ahead=island.queued > 0)
+        run = Run(task=task, wants=island.give(task), ahead=island.queued > 0, take_up=take_up)
+        if self.run.moving:
+            note(task, self.run.sources[task.source], island)
         self._queue(island, 1)
         return run
 
@@ -266,32 +277,22 @@ class Coordinator:
         island.queued += change
         self._queued += change
 
-    def _evaluation(self) -> Run:
-        self._asked += 1
-        task = tasks.evaluation(self.run)
-        return Run(task=task, wants=self.run.evaluator.give(task))
-
     def _settle(self) -> list[Command]:
         """The end of the run, or the next step of an interruption, once nothing is under way any more."""
-        if self._stopped or self._saves or self._asked or self._pushes or self._queued:
+        if self._stopped or self._saves or self._asked or self._evaluations or self._pushes or self._queued:
             return []
         if self.run.round >= self.run.rounds and not self._saves.pausing:
             self._stopped = True
             return [Stop(status="finished")]
         if self._draining is Drain.tasks:
             self._draining = Drain.export
-            alive = [island for island in self.run.islands.values() if island.alive]
-            asked = [tasks.bare(self.run, island.island, self.run.sources[island.source]) for island in alive]
-            for island in alive:
-                self._queue(island, 1)
-            return [Run(task=replace(task, save=True), wants={}) for task in asked]
+            asked = tasks.exports(self.run)
+            for task in asked:
+                self._queue(self.run.islands[task.island], 1)
+            if asked:
+                return [Run(task=task, wants={}) for task in asked]
         if self._draining is Drain.export:
             self._draining = Drain.save
             name = f"round-{self.run.round:06d}" if self._saves.pausing else saved_view.checkpoint_name(self.run)
             return [self._saves.begin(self.run, name, saved_view.to_json(self.run, self._now_s))]
         return []
-
-    def _evaluated(self, report: Report) -> Log:
-        self._asked -= 1
-        self.run.counters.count_evaluation(report.task.round, report.metrics["eval/loss"])
-        return records.evaluated(report)

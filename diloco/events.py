@@ -99,6 +99,7 @@ class Run:
     task: Task
     wants: Mapping[ModuleKey, int | None]
     ahead: bool = False  # the island is busy: what is pulled may come meanwhile
+    take_up: bool = False  # first the island becomes the task's source, as what was kept of it last
 
 
 @dataclass(frozen=True, kw_only=True)

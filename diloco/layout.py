@@ -20,6 +20,10 @@ from diloco.messages import ModuleKey, Modules, Shape, SlotName
 class Layout(ABC):
     """Fields are settings; `build` does the splitting."""
 
+    def num_paths(self) -> int:
+        """How many paths there will be, by the settings alone."""
+        return 1
+
     @abstractmethod
     def build(self, parameters: Mapping[str, Shape], shards: int) -> Modules:
         """Slots, paths and the shard of each module, for trainable `parameters` (name -> shape).

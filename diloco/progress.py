@@ -39,6 +39,12 @@ class SourceView:
     source: SourceId
     shard: ShardId
     path: int = 0
+    island: IslandId | None = None  # where sources move: which one has it
+    last: IslandId | None = None  # which one had it
+    loose: bool = False  # its last task saves what belongs to it, so that its island may go on without it
+    saving: bool = False  # which that task has not done yet
+    kept: bool = False  # what belongs to it was saved when a task of it ended, for the next island
+    held: dict[ModuleKey, int] = field(default_factory=dict)  # the versions that its island had with its last task
     began: int = 0  # the first round that it takes part in
     whole: bool = True  # its island has nothing of it: the next task installs all slots
     round: int = 0
@@ -115,7 +121,7 @@ class SourceView:
     def lose(self) -> None:
         """Its island is gone, and what was not handed over will be given out again."""
         self.restart(self.work[0].start if self.work else self.position)
-        self.whole = True
+        self.whole, self.saving = True, False
         self.attempt += 1
 
     def restart(self, position: int) -> None:
@@ -163,6 +169,7 @@ class IslandView:
     island: IslandId
     source: SourceId
     alive: bool = True
+    trains: SourceId | None = None  # where sources move: of which it had a task last
     queued: int = 0  # tasks given out and not finished
     holds: dict[ModuleKey, int] = field(default_factory=dict)  # the versions that it has installed
 
@@ -171,4 +178,8 @@ class IslandView:
         asked = {task.modules[slot]: version for slot, version in task.install.items()}
         wants = {key: self.holds.get(key) for key, version in asked.items() if self.holds.get(key) != version}
         self.holds |= asked
+        if len(self.holds) > len(task.modules):  # a slot holds one module, or several that are alike from the start
+            path = set(task.modules.values())
+            refilled = {key.rpartition("/")[0] for key in wants}
+            self.holds = {k: v for k, v in self.holds.items() if k in path or k.rpartition("/")[0] not in refilled}
         return wants

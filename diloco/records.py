@@ -10,9 +10,17 @@ from diloco.messages import CommitStats, Report, SourceId, Task, Verdict
 from diloco.views import RunView
 
 
-def committed(event: Committed, run: RunView) -> Log:
-    """What the outer steps of a fragment looked like; norms and cosines are over all its modules together."""
-    stats, counters = event.stats, run.counters
+def committed(event: Committed, run: RunView) -> list[Log]:
+    """What the outer steps looked like, of those modules together that took theirs on the same contributions."""
+    alike: dict[object, list[CommitStats]] = {}
+    for stats in event.stats:
+        alike.setdefault((stats.round, run.fragment_of(stats.module), stats.sources, stats.rounds), []).append(stats)
+    return [_commit(group, run) for group in alike.values()]
+
+
+def _commit(stats: Sequence[CommitStats], run: RunView) -> Log:
+    """Norms and cosines are over all these modules together."""
+    counters = run.counters
     size = len(stats[0].gram)
     gram = [[sum(s.gram[i][j] for s in stats) for j in range(size)] for i in range(size)]
     norms = [math.sqrt(max(gram[i][i], 0.0)) for i in range(size)]

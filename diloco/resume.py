@@ -10,7 +10,7 @@ from typing import Any
 
 from diloco import checkpoint as ckpt
 from diloco import config as configuration
-from diloco import rundir
+from diloco import rundir, seats
 from diloco.config import RunConfig
 from diloco.messages import Modules
 from diloco.views import RunView
@@ -129,7 +129,8 @@ def starting_view(config: RunConfig, corpus: Corpus, modules: Modules) -> RunVie
         eval_every=config.eval_every,
         save_every=config.checkpoint.every,
         shard_examples=corpus.shard_examples(),
+        moving=config.schedule.moving,
     )
     view.pool = view.new_pool(config.schedule.drawn) if config.schedule.free else None
-    view.begin(modules, config.islands)
+    seats.begin(view, modules, config.islands)
     return view

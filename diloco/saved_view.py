@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from diloco import seats
 from diloco.counters import Counters
 from diloco.messages import IslandId, ModuleKey, Settled, SourceId
 from diloco.pool import Pool, Stretch
@@ -87,7 +88,7 @@ def load(run: RunView, saved: Mapping[str, Any]) -> None:
     run.pushes_s.extend(saved["pushes_s"])
     waiting = {IslandId(int(i)): math.inf if ready_s is None else ready_s for i, ready_s in saved["gathered"].items()}
     run.gathered = {island: ready_s for island, ready_s in waiting.items() if island < len(run.islands)}
-    run.place_sources(len(run.islands))
+    seats.place(run, len(run.islands))
     for number, held in saved["holds"].items():
         if int(number) in run.islands:
             run.islands[IslandId(int(number))].holds = dict(held)

@@ -40,6 +40,11 @@ class Schedule(ABC):
     by_fragment: ClassVar[bool] = True  # fragments are exchanged one after the other; else all at once
     free: ClassVar[bool] = False  # sources go on without each other, on data from a pool
     drawn: ClassVar[bool] = False  # from the pool's shards by chance, under-served ones first; else each its own
+    moving: ClassVar[bool] = False  # sources go from island to island, so that there may be more or fewer of them
+
+    def num_sources(self, islands: int, paths: int) -> int:
+        """How many contribute; each has a shard of the data."""
+        return islands
 
     def check(self, inner_steps: int, fragments: int, islands: int) -> None:
         """Raise ValueError where rounds of so many steps cannot have so many turns, all of the same length."""
@@ -145,9 +150,11 @@ class Barrier(Schedule):
             return NoMore()
         due = self._due(run, round_, source)
         if source.whole and oldest < round_:
-            return Wait()
-        if due is not None and any(run.modules[key].round <= due[0] for key in run.keys(source, due[1])):
-            return Wait()
+            return Wait(keys=frozenset(key for key in path.values() if run.modules[key].round < round_))
+        if due is not None:
+            missing = frozenset(key for key in run.keys(source, due[1]) if run.modules[key].round <= due[0])
+            if missing:
+                return Wait(keys=missing)
         refused = due is not None and source.refused(*due)
         slots: Sequence[SlotName] = ()
         if source.whole or refused:

@@ -27,8 +27,23 @@ def bare(run: RunView, island: IslandId, source: SourceView) -> Task:
     )
 
 
-def evaluation(run: RunView) -> Task:
-    """The evaluator installs the present global weights and measures them."""
+def exports(run: RunView) -> list[Task]:
+    """Each living island is to save what it has of its source."""
+    alive = [island for island in run.islands.values() if island.alive]
+    own = [(island.island, run.sources[island.source]) for island in alive]
+    return [
+        replace(bare(run, island, source), save=True)
+        for island, source in own
+        if not run.moving or (source.island == island and source.last == island)
+    ]
+
+
+def evaluation(run: RunView, index: int = 0) -> Task:
+    """The evaluator installs the present global weights of a path and measures them on its part of what is held out.
+
+    Always for the same source: modules that paths share stay where they are.
+    """
+    path = run.paths[index]
     task = bare(run, EVALUATOR, next(iter(run.sources.values())))
-    versions = {slot: run.modules[key].version for slot, key in task.modules.items()}
-    return replace(task, install=versions, evaluate="validation")
+    versions = {slot: run.modules[key].version for slot, key in path.items()}
+    return replace(task, modules=path, install=versions, evaluate=run.splits[index])

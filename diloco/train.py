@@ -103,6 +103,8 @@ def make_job(config: RunConfig) -> Job:
         threads_per_worker=config.threads_per_worker,
         gpus_per_worker=config.gpus_per_worker,
         imports=tuple(config.imports),
+        sources=config.num_sources(),
+        moving=config.schedule.moving,
     )
 
 
@@ -130,7 +132,7 @@ class _Session:
         """Go on where a checkpoint left off."""
         before = len(saved["sources"])
         saved_view.load(self._view, saved)
-        if before != self._config.islands:
+        if before != self._config.num_sources():
             self._view.restart_rounds()
             self._notes.append(
                 f"resumed with {self._config.islands} islands instead of {before}: the data was assigned anew"

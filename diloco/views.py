@@ -13,7 +13,6 @@ from diloco.messages import (
     Commit,
     IslandId,
     ModuleKey,
-    Modules,
     Report,
     ShardId,
     SlotName,
@@ -41,7 +40,9 @@ class RunView:
     save_every: int  # rounds; 0 = only at the end
     paths: tuple[Mapping[SlotName, ModuleKey], ...]
     shard_examples: list[int]  # by shard
+    splits: tuple[str, ...] = ("validation",)  # what is evaluated: one for all by the first path, or one for each path
     fragments: tuple[tuple[SlotName, ...], ...] = ()  # slots that are exchanged together; () = all at once
+    moving: bool = False  # sources go from island to island; what a lost island did not finish is done by another
     pool: Pool | None = None  # where sources run free of each other: the data that they draw from
     gathered: dict[IslandId, float] = field(default_factory=dict)  # handed over and free -> when they may go on
     sources: dict[SourceId, SourceView] = field(default_factory=dict)
@@ -60,15 +61,12 @@ class RunView:
         self.fragments = self.fragments or (tuple(self.paths[0]),)
         places = [(slot, index) for index, slots in enumerate(self.fragments) for slot in slots]
         self._fragment_of = {path[slot]: index for path in self.paths for slot, index in places}
+        # A contribution counts once, and so does an outer step: with the first module of its fragment.
+        self._counted = {path[slots[0]] for path in self.paths for slots in self.fragments}
         # Kept, so that nothing need look through all islands to find those that share a module.
         self._paths_through: dict[ModuleKey, list[int]] = {}
         for index, key in ((index, key) for index, path in enumerate(self.paths) for key in path.values()):
             self._paths_through.setdefault(key, []).append(index)
-
-    def begin(self, modules: Modules, islands: int) -> None:
-        """A run at its start: source i contributes for island i, reads shard i and trains path i modulo paths."""
-        self.modules = {key: ModuleView() for key in modules.shards}
-        self.place_sources(islands)
 
     def hold(self, held: Mapping[IslandId, Iterable[ModuleKey]]) -> None:
         """These islands, and the evaluator, have the values that these modules start with."""
@@ -76,37 +74,20 @@ class RunView:
             view = self.evaluator if island == EVALUATOR else self.islands[island]
             view.holds = dict.fromkeys(keys, 0)
 
-    def place_sources(self, islands: int) -> None:
-        """Give each island its source, all of them alive; those that are new, or had been away, take part from now on.
-
-        Sources not seen before start at the present round's position.
-        """
-        self.islands.clear()
-        self._islands_on: list[list[IslandView]] = [[] for _ in self.paths]
-        self.sources = {source: view for source, view in self.sources.items() if source < islands}
-        for module in self.modules.values():
-            module.awaited &= self.sources.keys()
-        for index in range(islands):
-            source = SourceId(index)
-            if source not in self.sources:
-                position = self.round * self.inner_steps
-                self.sources[source] = SourceView(
-                    source=source, shard=ShardId(index), path=index % len(self.paths), position=position
-                )
-            view = self.sources[source]
-            self.islands[IslandId(index)] = island = IslandView(island=IslandId(index), source=source)
-            self._islands_on[view.path].append(island)
-            modules = [self.modules[key] for key in self.path_of(view).values()]
-            if view.whole and self.pool is None:
-                view.round = view.began = max(module.round for module in modules)
-            for module in modules:
-                if view.segment == 0 and module.round == view.round < self.rounds and self.pool is None:
-                    module.awaited.add(view.source)
+    def sit_down(self) -> None:
+        """Look through all sources and islands, once."""
+        self._sources_on: list[list[SourceId]] = [[] for _ in self.paths]
+        for source in self.sources.values():
+            self._sources_on[source.path].append(source.source)
         self.paces = Paces(self.sources)
 
     def path_of(self, source: SourceView) -> Mapping[SlotName, ModuleKey]:
         """Which module fills which slot for `source`."""
         return self.paths[source.path]
+
+    def paths_through(self, key: ModuleKey) -> int:
+        """How many paths a module is part of."""
+        return len(self._paths_through[key])
 
     def fragment_of(self, key: ModuleKey) -> int:
         """With which fragment a module is exchanged."""
@@ -166,7 +147,7 @@ class RunView:
 
     def staleness(self, source: SourceView, keys: Sequence[ModuleKey]) -> int:
         """How many versions these modules have taken since the source's island installed them, at most."""
-        holds = self.islands[IslandId(source.source)].holds
+        holds = source.held if self.moving else self.islands[IslandId(source.source)].holds
         return max(self.modules[key].version - holds.get(key, self.modules[key].version) for key in keys)
 
     def give(self, task: Task, now_s: float) -> None:
@@ -194,6 +175,10 @@ class RunView:
             for stretch in source.unfinished():
                 self.pool.give_back(stretch)
         source.lose()
+        if self.moving:  # a round is done again as a whole; what of it was heard already comes too late then
+            source.round = source.position // self.inner_steps
+            source.restart(source.round * self.inner_steps)
+            return
         for key in self.path_of(source).values():
             self.modules[key].awaited.discard(source.source)
 
@@ -241,16 +226,19 @@ class RunView:
                 del self.opened_s[next(iter(self.opened_s))]  # the oldest
             if round_ == self.rounds:
                 continue
-            there = [island.source for path in paths for island in self._islands_on[path] if island.alive]
-            there = [source for source in there if self.sources[source].began <= round_]
+            there = [source for path in paths for source in self._sources_on[path] if self._takes_part(source, round_)]
             for key in group:
                 self.modules[key].awaited.update(there)
 
+    def _takes_part(self, source: SourceId, round_: int) -> bool:
+        alive = self.moving or self.islands[IslandId(source)].alive
+        return alive and self.sources[source].began <= round_
+
     def commit(self, commits: Sequence[Commit], now_s: float) -> None:
         """The modules took these steps, or ended their round without one; their next round opens."""
-        self.counters.outer_steps += len({self.fragment_of(commit.module) for commit in commits if commit.sources})
-        distinct = {(c.keys, self.fragment_of(c.module)): self.modules[c.module].arrivals for c in commits}
-        tokens = [arrivals[key].tokens for (keys, _), arrivals in distinct.items() for key in keys]
+        counted = [c for c in commits if c.sources and c.module in self._counted]
+        self.counters.outer_steps += len(counted)
+        tokens = [self.modules[commit.module].arrivals[key].tokens for commit in counted for key in commit.keys]
         self.counters.accepted += len(tokens)
         self.counters.tokens += sum(tokens)
         for commit in commits:

@@ -1,41 +1,44 @@
-"""Waiting: the islands for which there was nothing to do, and what may change that."""
+"""Waiting: the islands, or sources, for which there was nothing to do, and what may change that."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Generic, TypeVar
 
-from diloco.messages import IslandId, ModuleKey
+from diloco.messages import IslandId, ModuleKey, SourceId
+
+Who = TypeVar("Who", IslandId, SourceId)
 
 
-class Waiting:
-    """So that an outer step asks only for those islands to which it may make a difference."""
+class Waiting(Generic[Who]):
+    """So that an outer step asks only for those to which it may make a difference."""
 
     def __init__(self) -> None:
-        self._keys: dict[IslandId, frozenset[ModuleKey]] = {}
-        self._anything: set[IslandId] = set()
-        self._by_key: dict[ModuleKey, set[IslandId]] = {}
+        self._keys: dict[Who, frozenset[ModuleKey]] = {}
+        self._anything: set[Who] = set()
+        self._by_key: dict[ModuleKey, set[Who]] = {}
 
-    def add(self, island: IslandId, keys: frozenset[ModuleKey] = frozenset()) -> None:
+    def add(self, who: Who, keys: frozenset[ModuleKey] = frozenset()) -> None:
         """It waits for an outer step of one of `keys`; without any, of whatever module."""
-        if self._keys.get(island) == keys:
+        if self._keys.get(who) == keys:
             return
-        self.discard(island)
-        self._keys[island] = keys
+        self.discard(who)
+        self._keys[who] = keys
         for key in keys:
-            self._by_key.setdefault(key, set()).add(island)
+            self._by_key.setdefault(key, set()).add(who)
         if not keys:
-            self._anything.add(island)
+            self._anything.add(who)
 
-    def discard(self, island: IslandId) -> None:
+    def discard(self, who: Who) -> None:
         """It waits no longer."""
-        for key in self._keys.pop(island, frozenset()):
-            self._by_key[key].discard(island)
-        self._anything.discard(island)
+        for key in self._keys.pop(who, frozenset()):
+            self._by_key[key].discard(who)
+        self._anything.discard(who)
 
-    def all(self) -> list[IslandId]:
+    def all(self) -> list[Who]:
         """In order."""
         return sorted(self._keys)
 
-    def on(self, keys: Iterable[ModuleKey]) -> list[IslandId]:
+    def on(self, keys: Iterable[ModuleKey]) -> list[Who]:
         """Those that an outer step of these modules may let go on, in order."""
         return sorted(self._anything.union(*(self._by_key.get(key, ()) for key in keys)))

@@ -1,0 +1,3 @@
+"""DiPaCo (arXiv:2403.10616): paths through shared modules, each trained on the data that a router sends it."""
+
+from dipaco import config as config

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from diloco import coordinator as module
-from diloco import saved_view
+from diloco import saved_view, seats
 from diloco.events import (
     CommitAll,
     Finished,
@@ -308,7 +308,7 @@ def taken_up(saved: Any, **settings: Any) -> Any:
     """A view that goes on from a checkpoint, which is JSON."""
     view = make_view(**settings)
     saved_view.load(view, json.loads(json.dumps(saved)))
-    view.place_sources(len(view.islands))
+    seats.place(view, len(view.islands))
     return view
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from diloco import Result, RunConfig, train
+from diloco import Result, RunConfig, seats, train
 from diloco.checkpoint import read_source
 from diloco.config import register
 from diloco.coordinator import Coordinator
@@ -359,7 +359,7 @@ def make_view(*, islands: int = 2, slots: Sequence[str] = ("whole.0", "whole.1")
     given = {"seed": 0, "rounds": 3, "inner_steps": 6, "segment_steps": 2, "eval_every": 1, "save_every": 1}
     examples = [10 * (i + 1) for i in range(islands)]
     view = RunView(paths=modules.paths, shard_examples=examples, **{**given, **settings})
-    view.begin(modules, islands)
+    seats.begin(view, modules, islands)
     return view
 
 

@@ -64,6 +64,8 @@ class Job:
     threads_per_worker: int
     gpus_per_worker: float
     imports: tuple[str, ...]
+    sources: int = 0  # that contribute, each with a shard of the data; 0 = as many as islands
+    moving: bool = False  # they go from island to island: what belongs to one is kept between its tasks
     pauses_s: tuple[float, ...] = ()  # after each inner step of an island, to make it slow; () = none
 
     @property
@@ -73,7 +75,7 @@ class Job:
 
     def corpus(self) -> Corpus:
         """The prepared corpus, from the cache of this machine where it is there."""
-        return self.workload.corpus(self.data, seed=self.seed, shards=self.islands)
+        return self.workload.corpus(self.data, seed=self.seed, shards=self.sources or self.islands)
 
     def make_island(self, corpus: Corpus, world: World, number: IslandId = EVALUATOR) -> Island:
         """An island, or the evaluator; where it has several workers, what one of them holds."""
@@ -141,7 +143,7 @@ class Backend(ABC):
     def load(self, checkpoint: str, sources: Mapping[SourceId, int], now_s: float) -> None:
         """Give store and islands what a checkpoint holds; the clock goes on from `now_s`.
 
-        `sources`: source -> the island that lends it its workers.
+        `sources`: source -> the island that lends it its workers. Where sources move, what belongs to them is kept.
         """
 
     @abstractmethod

@@ -98,6 +98,7 @@ class LocalBackend(Backend):
         self._islands: dict[IslandId, Island] = {}
         self._frozen: dict[tuple[SourceId, int], State] = {}  # by source and round
         self._exported: dict[SourceId, int] = {}  # for the next checkpoint: of which round
+        self._kept: dict[SourceId, State] = {}  # where sources move: of each, when its last task ended
         self._sent: dict[Turn, list[Contribution]] = {}
         self._free_at_s: dict[IslandId, float] = {}  # when an island is done with what it was given
         self._begun: set[IslandId] = set()  # that had a task
@@ -136,7 +137,9 @@ class LocalBackend(Backend):
             shard.load_state(ckpt.read_modules(checkpoint, placed(self._modules, index)))
         for source, island in sources.items():
             state = ckpt.read_source(checkpoint, source)
-            if state is not None:
+            if state is not None and self._job.moving:
+                self._kept[source] = state
+            elif state is not None:
                 self._islands[IslandId(island)].load(source, state)
                 self._frozen[source, LOADED] = state  # it may have no more to do before the next checkpoint
                 self._exported[source] = LOADED
@@ -145,6 +148,8 @@ class LocalBackend(Backend):
         """Does it now; what it leads to happens when the virtual clock says."""
         match command:
             case Run():
+                if command.take_up:
+                    self._islands[command.task.island].load(command.task.source, self._kept[command.task.source])
                 self._run(command.task, command.wants)
             case Push():
                 self._push(command.task)
@@ -165,6 +170,7 @@ class LocalBackend(Backend):
         folder = ckpt.CheckpointFolder(root)
         files: dict[str, str] = {}
         exported = {source: self._frozen.pop((source, round_)) for source, round_ in self._exported.items()}
+        exported |= self._kept
         self._exported.clear()
         error, path = "", f"{root}/{name}"
         try:
@@ -259,6 +265,9 @@ class LocalBackend(Backend):
 
     def _may_be_written(self, task: Task) -> None:
         """What a task saved is for the checkpoints after its end, in the place of what there was of its source."""
+        if self._job.moving:
+            self._kept[task.source] = self._frozen.pop((task.source, task.round))
+            return
         if self._exported.get(task.source, task.round) != task.round:
             del self._frozen[task.source, self._exported[task.source]]
         self._exported[task.source] = task.round

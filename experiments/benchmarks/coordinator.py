@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from diloco import seats
 from diloco.coordinator import Coordinator
 from diloco.events import Committed, Event, Finished, Measure, Push, Received, Run, Started
 from diloco.messages import EVALUATOR, ModuleKey, Modules, Report, SlotName, Task, Verdict
@@ -55,7 +56,7 @@ class Game:
             slots = list(layout.slots)
             self._view = replace(self._view, fragments=tuple((slot,) for slot in slots) if schedule.by_fragment else ())
             self._view.pool = self._view.new_pool(schedule.drawn)
-        self._view.begin(layout, islands)
+        seats.begin(self._view, layout, islands)
         self._coordinator = Coordinator(schedule=schedule, run=self._view)
         self._asked: list[Run | Push | Measure] = []
         self._random = random.Random(0)

@@ -1,0 +1,193 @@
+"""DiPaCo's rounds: against DiLoCo where they are the same, against a history by hand, and islands that come and go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diloco.checkpoint import read_values
+from diloco.config import register
+from diloco.inner import AdamW, Sgd
+from diloco.layout import Whole
+from diloco.merge import Mean, MeanBy
+from diloco.outer import Nesterov
+from diloco.runtime.base import Store
+from diloco.runtime.local import Local
+from diloco.schedule import Barrier
+from dipaco.paths import Paths
+from dipaco.schedule import PathRounds
+from tests.toy import Line, digests, launch, records
+
+ROUNDS = 3
+DEEP: dict[str, Any] = {"workload": Line(blocks=4), "inner": AdamW(lr=0.01), "rounds": ROUNDS, "inner_steps": 6}
+GRID = Paths(levels=[2, 2])
+
+
+def test_one_path_is_diloco_to_the_bit(tmp_path: Path) -> None:
+    """One path, four replicas of it: four islands."""
+    settings = {**DEEP, "islands": 4, "store": Store(shards=1)}
+    expected = launch(tmp_path / "expected", **settings, layout=Whole(patterns=["^layers", "^(?!layers)"]))
+    found = launch(tmp_path / "found", **settings, layout=Paths(levels=[1]), schedule=PathRounds())
+    assert found.summary["weights_sha256"] == expected.summary["weights_sha256"]
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_levels_that_all_share_are_diloco(tmp_path: Path, lag: int) -> None:
+    """Two paths through the same modules, each with its own data; with the rescale a step is sqrt(2) longer."""
+    same = Paths(levels=[1, 1, 2], first_blocks=[2, 3], private=[])
+    table = Paths(levels=[1, 1, 1], first_blocks=[2, 3], table=[[0, 0, 0], [0, 0, 0]])
+    assert same.num_paths() == 2
+    settings = {**DEEP, "islands": 2, "store": Store(shards=1)}
+    expected = launch(tmp_path / "expected", **settings, schedule=Barrier(lag=lag))
+    found = launch(tmp_path / "found", **settings, layout=table, schedule=PathRounds(rescale=False, lag=lag))
+    assert found.summary["weights_sha256"] == expected.summary["weights_sha256"]
+    longer = launch(tmp_path / "longer", **settings, layout=table, schedule=PathRounds(lag=lag))
+    assert longer.summary["weights_sha256"] != expected.summary["weights_sha256"]
+
+
+def values(directory: Path, rounds: int = ROUNDS) -> dict[str, torch.Tensor]:
+    """The store's values at the end, by module and parameter."""
+    return read_values_by_module(directory / f"checkpoints/round-{rounds:06d}")
+
+
+def read_values_by_module(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    found = {}
+    for path in sorted((folder / "modules").rglob("*.safetensors")):
+        for name, value in load_file(path).items():
+            if name.startswith("values/"):
+                found[f"{path.relative_to(folder / 'modules')}:{name.removeprefix('values/')}"] = value
+    return found
+
+
+@dataclass(kw_only=True)
+class Alone(Line):
+    """Line on the data of one shard."""
+
+    shard: int = 0
+
+    def batch(self, corpus: Any, shard: Any, step: int) -> Any:
+        return super().batch(corpus, type(shard)(self.shard), step)
+
+
+register(group="workload", name="alone", node=Alone)
+
+
+def test_paths_that_share_nothing_are_runs_of_one_island(tmp_path: Path) -> None:
+    settings = {**DEEP, "store": Store(shards=1)}
+    flat = Paths(levels=[2], private=["."])
+    together = launch(tmp_path / "both", **settings, islands=2, layout=flat, schedule=PathRounds())
+    both = values(together.directory)
+    for path in range(2):
+        own = {**settings, "workload": Alone(blocks=4, shard=path)}
+        alone = launch(tmp_path / f"{path}", **own, islands=1)
+        expected = read_values(alone.summary["checkpoint"])
+        found = {
+            key.partition(":")[2]: value
+            for key, value in both.items()
+            if key.split(":")[0].endswith(f"{path}.safetensors")
+        }
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@dataclass(kw_only=True)
+class Pull(Line):
+    """The gradient of shard i is i + 1 everywhere, whatever the weights; shard i has 10 (i + 1) examples."""
+
+    def corpus(self, data: Any, *, seed: int, shards: int) -> Any:
+        corpus = super().corpus(data, seed=seed, shards=shards)
+        corpus.examples[:] = [10 * (i + 1) for i in range(shards)]
+        return corpus
+
+    def batch(self, corpus: Any, shard: Any, step: int) -> Any:
+        return {"pull": torch.full((1,), float(shard + 1))}
+
+    def tokens(self, batch: Any) -> int:
+        return 1
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return sum((p * batch["pull"]).sum() for p in trained), {}
+
+
+register(group="workload", name="pull", node=Pull)
+
+
+def test_two_by_two_against_a_history_by_hand(tmp_path: Path) -> None:
+    """Paths (0,0) (0,1) (1,0) (1,1) with gradients 1 to 4 and 10 to 40 examples; 2 steps of SGD at .1 a round.
+
+    A path's delta is .2 times its gradient. Level 0's module 0 hears paths 0 and 1: (10*.2 + 20*.4)/30 * sqrt(2).
+    Nesterov with rate .5 and momentum .5: m <- .5 m + d; step .5 (d + .5 m).
+    """
+    deltas = {
+        "level0/0": (10 * 0.2 + 20 * 0.4) / 30 * math.sqrt(2),
+        "level0/1": (30 * 0.6 + 40 * 0.8) / 70 * math.sqrt(2),
+        "level1/0": (10 * 0.2 + 30 * 0.6) / 40 * math.sqrt(2),
+        "level1/1": (20 * 0.4 + 40 * 0.8) / 60 * math.sqrt(2),
+        "shared/0": (10 * 0.2 + 20 * 0.4 + 30 * 0.6 + 40 * 0.8) / 100 * 2,
+    }
+    run = launch(
+        tmp_path,
+        workload=Pull(blocks=4),
+        inner=Sgd(lr=0.1),
+        inner_steps=2,
+        rounds=2,
+        islands=4,
+        layout=GRID,
+        schedule=PathRounds(),
+        merge=Mean(by=MeanBy.examples),
+        outer=Nesterov(lr=0.5, momentum=0.5),
+    )
+    start = dict(Line(blocks=4).build_model(0).named_parameters())
+    after = values(run.directory, 2)
+    seen = set()
+    for key, value in after.items():
+        place, _, name = key.partition(":")
+        module = next(m for m in deltas if m.replace("/", ".") in place.replace("/", ".").replace("-", "."))
+        d = deltas[module]
+        moved = 0.5 * (d + 0.5 * d) + 0.5 * (d + 0.5 * (0.5 * d + d))
+        torch.testing.assert_close(value, start[name].detach() - moved, atol=1e-6, rtol=0)
+        seen.add(module)
+    assert seen == deltas.keys()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("islands", [1, 2, 3, 7])
+def test_waves_on_fewer_islands_give_the_same_bits(tmp_path: Path, islands: int, lag: int) -> None:
+    settings = {**DEEP, "layout": GRID, "workload": Line(blocks=4)}
+    schedule = PathRounds(lag=lag, replicas=1)
+    expected = launch(tmp_path / "expected", **settings, islands=4, schedule=schedule)
+    found = launch(tmp_path / "found", **settings, islands=islands, schedule=schedule)
+    assert digests(found) == digests(expected)
+    assert values(found.directory).keys() == values(expected.directory).keys()
+    for key, value in values(expected.directory).items():
+        assert torch.equal(values(found.directory)[key], value)
+
+
+def test_a_path_goes_on_when_its_own_modules_have_stepped(tmp_path: Path) -> None:
+    """Two flat paths share nothing: the fast one never waits for the slow one."""
+    runtime = Local(seconds_per_step=[1.0, 10.0])
+    run = launch(
+        tmp_path, **DEEP, islands=2, layout=Paths(levels=[2], private=["."]), schedule=PathRounds(), runtime=runtime
+    )
+    ends = [(r["island"], r["clock_s"]) for r in records(run.directory, "segment")]
+    assert max(at_s for island, at_s in ends if island == 0) == ROUNDS * 6
+    assert max(at_s for island, at_s in ends if island == 1) == ROUNDS * 60
+
+
+def test_every_path_contributes_once_a_round(tmp_path: Path) -> None:
+    run = launch(tmp_path, **DEEP, layout=GRID, schedule=PathRounds(), islands=3)
+    heard: dict[tuple[int, str], list[int]] = {}
+    for record in records(run.directory, "commit"):
+        for source in record["outer/contributors"]:
+            heard.setdefault((record["round"], str(record.get("fragment"))), []).append(source)
+    assert run.summary["contributions"]["accepted"] == 4 * ROUNDS
+    trained = [(r["source"], r["round"], r["segment"]) for r in records(run.directory, "segment")]
+    assert len(trained) == len(set(trained)) == 4 * ROUNDS * 3
