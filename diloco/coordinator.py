@@ -64,7 +64,8 @@ class Coordinator:
         if self._stopped:
             return []
         self._now_s = event.now_s
-        late = self._go_on_without_late() if self._watch.look(event) else []
+        look = self._watch.look(event) and not isinstance(event, Started)  # resumed: work is given out first, as before
+        late = self._go_on_without_late() if look else []
         match event:
             case Started():
                 commands = self._on_started(event)
@@ -115,8 +116,7 @@ class Coordinator:
         if not island.alive or island.queued == 0:
             return []  # fenced: it was given up for lost, and its work was given out again
         self._queue(island, -1)
-        source.trained(report, event.now_s)
-        self.run.count(report)
+        self.run.trained(report, event.now_s)
         commands: list[Command] = [] if task.steps == 0 else [records.segment(report)]
         if "inner/fresh_state" in report.metrics:
             commands.append(records.fresh_state(task, self.run.round))

@@ -83,7 +83,6 @@ class SourceView:
         if report.task.steps:
             self.paces_s = [*self.paces_s, report.clock_s / report.task.steps][-REMEMBERED_PACES:]
             self.pace_s = max(statistics.median(self.paces_s), LEAST_PACE_S)
-        self.free_s = now_s + self.ahead * (self.pace_s or 0.0)
         for work in self.work:
             if (work.round, work.fragment) == (report.task.round, report.task.fragment):
                 work.tokens += report.tokens

@@ -115,8 +115,12 @@ class RunView:
         path = self.path_of(source)
         return [path[slot] for slot in self.fragments[fragment]]
 
-    def count(self, report: Report) -> None:
-        """An island's finished task."""
+    def trained(self, report: Report, now_s: float) -> None:
+        """An island finished a task."""
+        source = self.sources[report.task.source]
+        source.trained(report, now_s)
+        if self.pool is not None:
+            source.free_s = now_s + source.ahead * (source.pace_s or 0.0)
         lone = len(self.islands) == 1
         self.counters.count(report, lone=lone)
         if report.task.round > self.round:
