@@ -112,7 +112,6 @@ class Coordinator:
         if task.island == EVALUATOR:
             return [self._evaluated(report)]
         island = self.run.islands[task.island]
-        source = self.run.sources[task.source]
         if not island.alive or island.queued == 0:
             return []  # fenced: it was given up for lost, and its work was given out again
         self._queue(island, -1)

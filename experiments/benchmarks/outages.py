@@ -24,11 +24,17 @@ class World:
     interrupt_s: float = YEAR_S  # of one chip, in the mean between two failures
     slice_chips: int = 250  # are out of work together when one of them fails
     repair_s: float = 600.0  # from a failure until the slice is there again
-    pause_s: float = 18.0  # for which those who trained in step with it stand still: see it, regroup, fetch the state
+    pause_s: float = 18.0  # for which those who train in step with it stand still: see it, regroup, fetch the state
+    detect_s: float = 5.0  # of them until it is seen
     stalls_per_h: float = 0.0  # of all chips together
     stall_s: float = 20.0  # for which a stalled chip, and who trains in step with it, makes no progress
     step_s: float = 1.0  # an inner step
+    push_s: float = 0.2  # from the end of a step until the store has a fragment
     hours: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.detect_s > self.pause_s:
+            raise ValueError(f"detect_s={self.detect_s} is a part of pause_s={self.pause_s}; it cannot be longer")
 
     @property
     def end_s(self) -> float:
@@ -107,10 +113,6 @@ class Unit:
         self._changed_s = [at_s for at_s, _ in changes]
         self._there = list(accumulate((change for _, change in changes), initial=self.chips))
         self._halted_s, self._stalled_s = ([span.from_s for span in found] for found in (self.halts, self._stalls))
-
-    def stall(self, span: Span) -> None:
-        """Have it stall then, and at no other time."""
-        self._stalls, self._stalled_s = [span], [span.from_s]
 
     def there(self, now_s: float) -> int:
         """Chips that are not away."""
