@@ -1,25 +1,27 @@
-"""Goodput while chips fail and stall: islands under `schedule=quorum` against data parallel on the same seeded failures.
+"""Goodput while chips fail and stall: islands under `schedule=quorum` against data parallel on the same failures.
 
     python -m experiments.benchmarks.quorum_goodput [--islands 1,2,4,8,16] [--seeds 3] [--hours 2] [--quick]
 
 A simulation on a virtual clock. The coordinator and its schedule are the real ones: they are told of finished tasks,
 contributions, losses and returns at the moments of the clock, and what they ask for is played. What is made up:
-- 1.2 million chips, each with a failure a year in the mean (Poisson), as in Decoupled DiLoCo (arXiv:2604.21428).
-- A failure takes a slice of 250 chips away for 600 s. Those who trained in step with it stand still for `pause_s`, 5 s of
-  which until it is seen, and go on without the slice. What fails meanwhile makes that no longer. It comes back for nothing.
-- `pause_s` is the one constant that was fitted: with 18 s elastic data parallel has the paper's 58 %.
-- Data parallel: all chips are in step. It loses the step in which the failure happens and nothing else. Not elastic: it stands
-  still until the slice is there again.
-- Islands: chips / M each, in step among themselves only. `lost`: a failure takes the island from the coordinator, which has
-  it started anew and gives its work to others; it takes all weights from the store. `kept`: it is elastic inside, so that it
-  stands still and has its state; the coordinator is told nothing.
-- Steps of 1 s, which need no less with a slice fewer; 24 fragments, one sent after each step, .2 s to the store; K = 1,
-  lag 2 steps, grace .8. Outer steps, installs and messages of the driver take no time.
-- Stalls, where there are any: one a minute over all chips, each of 20 s, for all that is in step with the chip.
+- 1.2 million chips, each with a failure a year in the mean (Poisson, from a seed), as in Decoupled DiLoCo
+  (arXiv:2604.21428).
+- A failure takes a slice of 250 chips away for 600 s. Who trained in step with it stands still for 18 s, 5 s of which
+  until it is seen, and goes on without the slice. What else fails meanwhile makes that no longer. The slice comes back
+  at no cost.
+- Those 18 s are the one constant that was fitted: elastic data parallel has the paper's 58 % with them.
+- Data parallel: all chips are in step. It loses the step in which the failure happens and nothing else. Where it is not
+  elastic it stands still until the slice is there again.
+- Islands: chips / M each, in step among themselves only. A failure takes the island from the coordinator, which has it
+  started anew and gives its work to others; it then takes all weights from the store. In the scene `kept` it is elastic
+  inside: it stands still as long and has its state, and the coordinator is told nothing.
+- Steps of 1 s, also with a slice fewer; 24 fragments, one sent after each step, .2 s to the store; K = 1, lag 2 steps,
+  grace .8, by speed. Outer steps, installs and the driver's messages take no time.
+- Stalls, where there are any: one a minute over all chips, of 20 s, of all that is in step with the chip.
 
-`goodput`: chip-seconds of steps whose contribution was counted / all chip-seconds; for data parallel, of finished steps.
-`merged`: the steps behind each fragment of each outer step, as the merge weighs them / those of an undisturbed run. It
-is less, since what an island trained since it sent a fragment last is lost, or overwritten by what the others did.
+`goodput`: chip-seconds of steps whose contribution was counted / all chip-seconds; of data parallel, of finished steps.
+`merged`: steps behind the fragments of all outer steps, as the merge weighs them / those of an undisturbed run. It is
+less, since what an island trained on a fragment since it last sent it is lost, or overwritten by what others did.
 """
 
 from __future__ import annotations
@@ -166,8 +168,7 @@ class Islands:
         """Where the island is lost before the end, nothing is heard of the task, nor of those behind it."""
         unit = self._units[task.island]
         start_s = now_s = max(self._now_s, self._free_s[task.island])
-        chip_steps = left = 0
-        left = task.steps
+        chip_steps, left = 0, task.steps
         while left and now_s < math.inf:
             end = unit.step(now_s)
             if isinstance(end, Span):
