@@ -67,7 +67,8 @@ class Coordinator:
         if self._stopped:
             return []
         self._now_s = event.now_s
-        late = self._go_on_without_late() if self._watch.look(event) else []
+        look = self._watch.look(event) and not isinstance(event, Started)  # resumed: work is given out first, as before
+        late = self._go_on_without_late() if look else []
         match event:
             case Started():
                 commands = self._on_started(event)

@@ -57,6 +57,7 @@ class SourceView:
     work: list[Work] = field(default_factory=list)
     settled: list[Settled] = field(default_factory=list)
     free_s: float = 0.0  # when it is expected to be through with what it was given
+    ahead: int = 0  # steps that it was given and has not finished
     taken: int = 0  # steps that it was given in all
     sent: dict[int, int] = field(default_factory=dict)  # by fragment: `taken` when it was last to be sent
     got: dict[int, int] = field(default_factory=dict)  # by fragment: `taken` when it was last installed
@@ -76,6 +77,7 @@ class SourceView:
         self.work[-1].steps += task.steps
         self.position += task.steps
         self.taken += task.steps
+        self.ahead += task.steps
         self.done += task.steps
         self.segment += 1
         if task.last:
@@ -83,6 +85,7 @@ class SourceView:
 
     def trained(self, report: Report, now_s: float) -> None:
         """A task of its present work is finished."""
+        self.ahead -= report.task.steps
         if report.task.steps:
             self.paces_s = [*self.paces_s, report.clock_s / report.task.steps][-REMEMBERED_PACES:]
             self.pace_s = max(statistics.median(self.paces_s), LEAST_PACE_S)
@@ -127,7 +130,7 @@ class SourceView:
     def restart(self, position: int) -> None:
         """Stand before the first step of a round again, at this position in the data."""
         self.position = self.start = position
-        self.work, self.segment, self.done = [], 0, 0
+        self.work, self.segment, self.done, self.ahead = [], 0, 0, 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,8 @@ class RunView:
         before_s = source.pace_s
         source.trained(report, now_s)
         self.paces.after(source.source, before_s)
+        if self.pool is not None:
+            source.free_s = now_s + source.ahead * (source.pace_s or 0.0)
         lone = len(self.islands) == 1
         self.counters.count(report, lone=lone)
         if report.task.round > self.round:

@@ -69,6 +69,8 @@ class Quorum(Schedule):
         shard, position, turn_steps = source.shard, source.position, source.round_steps
         if first:
             wanted = self.turn_steps(run, source, turn, now_s)
+            while source.whole and wanted == 0:  # nothing trained is nothing to send
+                turn, wanted = turn + 1, self.turn_steps(run, source, turn + 1, now_s)
             stretch = pool.next(run.own_shard(source), wanted, run.shard_examples, run.seed)
             if stretch is None:
                 return NoMore() if pool.exhausted else Wait()

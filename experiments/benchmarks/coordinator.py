@@ -41,22 +41,8 @@ class Game:
         self, *, islands: int, modules: int, modules_per_path: int, schedule: Schedule | None = None, steps: int = 1
     ) -> None:
         """By default a barrier. `steps`: of a round, all in one task."""
-        layout, schedule = _modules(modules, modules_per_path), schedule or Barrier()
-        self._view = RunView(
-            seed=0,
-            rounds=10**9,
-            inner_steps=steps,
-            segment_steps=0,
-            eval_every=0,
-            save_every=0,
-            paths=layout.paths,
-            shard_examples=[1] * islands,
-        )
-        if schedule.free:
-            slots = list(layout.slots)
-            self._view = replace(self._view, fragments=tuple((slot,) for slot in slots) if schedule.by_fragment else ())
-            self._view.pool = self._view.new_pool(schedule.drawn)
-        seats.begin(self._view, layout, islands)
+        schedule = schedule or Barrier()
+        self._view = view_of(schedule, islands=islands, modules=modules, modules_per_path=modules_per_path, steps=steps)
         self._coordinator = Coordinator(schedule=schedule, run=self._view)
         self._asked: list[Run | Push | Measure] = []
         self._random = random.Random(0)
@@ -88,9 +74,9 @@ class Game:
         self._now_s += 0.001
         match command:
             case Run(task=task):
-                return Finished(now_s=self._now_s, report=_report(task))
+                return Finished(now_s=self._now_s, report=report_of(task))
             case Push(task=task):
-                return Received(now_s=self._now_s, turn=task.turn, verdicts=_verdicts(task), attempt=0)
+                return Received(now_s=self._now_s, turn=task.turn, verdicts=verdicts_of(task), attempt=0)
             case Measure():
                 return Committed(now_s=self._now_s, stats=())
 
@@ -146,6 +132,26 @@ def _of_width(given: Any, width: int) -> dict[str, Any]:
     }
 
 
+def view_of(schedule: Schedule, *, islands: int, modules: int, modules_per_path: int, steps: int) -> RunView:
+    """The start of a run that has no end, in rounds of so many steps."""
+    layout = _modules(modules, modules_per_path)
+    view = RunView(
+        seed=0,
+        rounds=10**9,
+        inner_steps=steps,
+        segment_steps=0,
+        eval_every=0,
+        save_every=0,
+        paths=layout.paths,
+        shard_examples=[1] * islands,
+    )
+    if schedule.free:
+        view = replace(view, fragments=tuple((slot,) for slot in layout.slots) if schedule.by_fragment else ())
+        view.pool = view.new_pool(schedule.drawn)
+    seats.begin(view, layout, islands)
+    return view
+
+
 def _modules(modules: int, per_path: int) -> Modules:
     """`per_path` slots, and as many disjoint paths as make `modules` modules."""
     slots = [SlotName(f"slot{i}") for i in range(per_path)]
@@ -154,14 +160,16 @@ def _modules(modules: int, per_path: int) -> Modules:
     return Modules(slots={slot: (f"{slot}.weight",) for slot in slots}, paths=paths, shards=shards)
 
 
-def _report(task: Task) -> Report:
+def report_of(task: Task) -> Report:
+    """It was done."""
     metrics = {"eval/loss": 1.0} if task.island == EVALUATOR else {"inner/loss": 1.0, "inner/lr": 1e-3}
     return Report(
         task=task, tokens=1, seconds=1.0, clock_s=1.0, waiting_s=0.0, bytes_up=1, bytes_down=1, metrics=metrics
     )
 
 
-def _verdicts(task: Task) -> tuple[Verdict, ...]:
+def verdicts_of(task: Task) -> tuple[Verdict, ...]:
+    """All that it sent is sound."""
     keys = [task.modules[slot] for slot in task.send]
     return tuple(
         Verdict(module=key, source=task.source, round=task.round, finite=True, shape_ok=True, norm=1.0) for key in keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import pytest
 
 from diloco.async_.quorum import Quorum
 from diloco.checkpoint import Checkpoint
-from diloco.events import Push
+from diloco.events import Finished, Joined, Push, Run
 from diloco.inner import AdamW
 from diloco.layout import Fragments, Outside, Whole
 from diloco.merge import RDA
-from diloco.messages import IslandId, SlotName
+from diloco.messages import IslandId, SlotName, SourceId, Task
 from diloco.outer import Nesterov
 from diloco.runtime.local import Local
 from diloco.schedule import Barrier
@@ -120,6 +121,34 @@ def test_every_step_is_done_once_whoever_is_lost(seed: int) -> None:
     keys = [(commit.module, key) for commit in runtime.commits() for key in commit.keys]
     assert len(keys) == len(set(keys)), "a contribution counted twice"
     assert {(source, round_) for _, (round_, source) in keys} <= {(source, round_) for source, round_, _ in pushed}
+
+
+def tasks_of(runtime: FakeRuntime, island: int, since: int = 0) -> list[Task]:
+    return [c.task for c in runtime.said[since:] if isinstance(c, Run) and c.task.island == island]
+
+
+def test_after_a_stall_an_island_is_not_expected_to_be_free_before_it_is() -> None:
+    """A task ends 100 s late while another one is queued, and the next one comes behind that."""
+    runtime = begun(Quorum(), save_every=0)
+    source, first = runtime.view.sources[SourceId(0)], tasks_of(runtime, 0)[0]
+    assert source.ahead == sum(task.steps for task in tasks_of(runtime, 0)) > first.steps
+    report = replace(runtime.report(first), clock_s=float(first.steps))
+    runtime.tell(Finished(now_s=100.0, report=report))
+    assert source.ahead == sum(task.steps for task in tasks_of(runtime, 0)[1:])
+    assert source.free_s == pytest.approx(100.0 + source.ahead)
+
+
+def test_who_comes_back_begins_with_a_turn_that_it_can_train_in() -> None:
+    """The turns under way are over at once for who begins them now; it has nothing yet that it could send."""
+    runtime = begun(Quorum(grace=0.0), rounds=6, save_every=0)
+    runtime.go(until=lambda: len(runtime.said) > 40)
+    under_way = max(runtime.view.turn_ends_s)
+    runtime.view.turn_ends_s = dict.fromkeys(range(under_way + 1), 0.0)
+    runtime.lose(2)
+    since = len(runtime.said)
+    runtime.tell(Joined(now_s=runtime.now_s(), island=IslandId(2)))
+    first = tasks_of(runtime, 2, since)[0]
+    assert first.round == under_way + 1 and first.steps > 0 and len(first.install) == 2
 
 
 # --- resumed ---
