@@ -37,6 +37,7 @@ from diloco.messages import (
     Verdict,
 )
 from diloco.runtime.base import LOADED, Job
+from diloco.runtime.kept import Kept, pack, unpack
 
 
 class WorkerShell:
@@ -99,6 +100,24 @@ class WorkerShell:
             self._freeze(source, LOADED)  # it may have no more to do before the next checkpoint
         return state is not None
 
+    def read(self, checkpoint: str, source: SourceId) -> Kept | None:
+        """What a checkpoint holds of a source, for whoever takes it up; None where it has nothing."""
+        state = ckpt.read_source(checkpoint, source)
+        return None if state is None else pack(state)
+
+    def keep(self, source: SourceId) -> Kept:
+        """All that belongs to the present source, for whoever takes it up."""
+        return pack(self._island.export(source))
+
+    def take_up(self, source: SourceId, kept: Kept) -> None:
+        """Become a source as it was kept."""
+        self._island.load(source, unpack(kept))
+
+    @ray.method(concurrency_group="io")
+    def write_kept(self, folder: str, source: SourceId, kept: Kept) -> dict[str, str]:
+        """Write what was kept of a source, by whomever."""
+        return ckpt.write_source(folder, source, unpack(kept))
+
     def run(self, task: Task, snapshots: Sequence[Any], *fetched: list[Snapshot]) -> None:
         """All of a task but what it contributes; followed by `contribute` for each shard of the store, and `report`."""
         self._report: Report | None = None
@@ -119,7 +138,7 @@ class WorkerShell:
     def report(self, task: Task) -> Report:
         """What is to be told of the task, once all of it is done."""
         report = self._done()
-        if task.save:  # with what error feedback lost of these contributions
+        if task.save and not self._job.moving:  # with what error feedback lost of these contributions
             self._freeze(task.source, task.round)
         return report
 

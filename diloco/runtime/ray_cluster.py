@@ -34,7 +34,7 @@ from diloco.events import (
     Tick,
 )
 from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SlotName, SourceId, Task, Turn
-from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, one_each, placed
+from diloco.runtime.base import Backend, Final, Job, Runtime, one_each, placed
 from diloco.runtime.ray_actors import spawn_shard
 from diloco.runtime.ray_island import RayIsland, shard_nodes
 from diloco.runtime.ray_refs import Pending, Ref, cause, died, get, get_all, mistake, raise_errors, short
@@ -83,7 +83,7 @@ class RayBackend(Backend):
         self._events: deque[Event] = deque()
         self._sent: dict[Turn, list[tuple[int, Ref]]] = {}
         self._revived: dict[IslandId, int] = {}  # times since it last finished a task
-        self._saver = Saver(self._pending, lambda **told: self._events.append(Saved(now_s=self.now_s(), **told)))
+        self._saver = Saver(self._pending, self._on_saved, moving=job.moving)
         self._interrupted = False
 
     # --- start ---
@@ -117,12 +117,9 @@ class RayBackend(Backend):
     def load(self, checkpoint: str, sources: Mapping[SourceId, int], now_s: float) -> None:
         """Shards and islands read their own files."""
         self._start_s -= now_s
-        self._saver.newest = checkpoint
         get([shard.load.remote(checkpoint, placed(self._modules, i)) for i, shard in enumerate(self._shards)])
-        asked = {source: self._islands[IslandId(i)].load(checkpoint, source) for source, i in sources.items()}
-        for source, refs in asked.items():
-            if get(refs)[0]:
-                self._saver.exported(source, self._islands[IslandId(sources[source])], LOADED)
+        count = self._job.islands
+        self._saver.load(checkpoint, {source: self._islands[IslandId(i % count)] for source, i in sources.items()})
 
     # --- commands ---
 
@@ -146,7 +143,7 @@ class RayBackend(Backend):
 
     def save(self, root: str, name: str, manifest: Mapping[str, Any], keep: int) -> None:
         """In other threads of the actors."""
-        self._saver.save(self._shards, root, name, manifest, keep)
+        self._saver.save(self._shards, self._islands[EVALUATOR], root, name, manifest, keep)
 
     # --- events ---
 
@@ -198,19 +195,17 @@ class RayBackend(Backend):
 
     def _run(self, command: Run) -> None:
         task = command.task
+        if command.take_up:
+            self._saver.take_up(task.source, self._islands[task.island])
         shards = {self._modules.shards[task.modules[slot]] for slot in task.send}
         # Made in the order in which they are taken.
         turns = sorted(shards, key=lambda shard: (task.island - 1 - shard) % len(self._shards))
         groups = {n: [s for s in task.send if self._modules.shards[task.modules[s]] == n] for n in turns}
         # A new evaluator has nothing to update; where it takes full values anyway, these are the same objects.
-        spare = (
-            self._puller.pull(self._nodes[task.island], task.island, dict.fromkeys(task.modules.values()))
-            if task.island == EVALUATOR
-            else []
-        )
-        self._submit(
-            task, self._puller.pull(self._nodes[task.island], task.island, command.wants), groups, command.ahead, spare
-        )
+        all_of_it = dict.fromkeys(task.modules.values()) if task.island == EVALUATOR else {}
+        spare = self._puller.pull(self._nodes[task.island], task.island, all_of_it)
+        snapshots = self._puller.pull(self._nodes[task.island], task.island, command.wants)
+        self._submit(task, snapshots, groups, command.ahead, spare)
 
     def _submit(
         self, task: Task, snapshots: list[Ref], groups: dict[int, list[SlotName]], ahead: bool, spare: list[Ref]
@@ -264,6 +259,9 @@ class RayBackend(Backend):
     def _parts(self, sent: list[tuple[int, Ref]]) -> list[Part]:
         return [(self._shards[shard], self._shard_nodes[shard], ref) for shard, ref in sent]
 
+    def _on_saved(self, **told: Any) -> None:
+        self._events.append(Saved(now_s=self.now_s(), **told))
+
     def _on_measured(self, answers: list[Any], error: RayError | None) -> None:
         raise_errors(answers, error)
         stats = tuple(found for answer in answers for found in answer)
@@ -290,7 +288,8 @@ class RayBackend(Backend):
             self._nodes[island] = answers[-1]
             source = SourceId(island)
             # Only now, since older checkpoints are dropped while it starts.
-            self._pending.add(revived.load(self._saver.newest, source) if self._saver.newest else [], loaded)
+            own = bool(self._saver.newest) and not self._job.moving
+            self._pending.add(revived.load(self._saver.newest, source) if own else [], loaded)
 
         def loaded(answers: list[Any], error: RayError | None) -> None:
             if error is not None or len(set(answers)) > 1:  # a worker died, or that checkpoint was dropped meanwhile

@@ -23,6 +23,9 @@ class RayIsland:
 
     def __init__(self, job: Job, island: IslandId) -> None:
         self._group: Any = None
+        self._moving = job.moving
+        self._keeping: dict[SourceId, Ref] = {}
+        self._taking: list[Ref] = []  # answers to be had before the next task
         size = 1 if island == EVALUATOR else job.workers[island]
         needs = {"CPU": float(job.threads_per_worker), "GPU": job.gpus_per_worker}
         if island == EVALUATOR:  # exports to the run's directory, so it lives where the driver does
@@ -72,15 +75,33 @@ class RayIsland:
 
         `ahead`: Ray fetches the snapshots while the island is busy, rather than the island when it needs them.
         """
-        answers: list[Ref] = []
+        answers, self._taking = self._taking, []
         contributions: list[Ref] = []
         for rank, worker in reversed(list(enumerate(self._workers))):
             own = snapshots if rank == 0 else []
             given = [[], *own] if ahead else [own]  # of arguments themselves Ray fetches what is behind
             answers.append(worker.run.remote(task, *given))
             contributions = [worker.contribute.remote(task, slots) for slots in groups]
+            if task.save and self._moving and rank == 0:
+                self._keeping[task.source] = worker.keep.remote(task.source)
             answers.append(worker.report.remote(task))
         return answers, contributions
+
+    def kept(self, source: SourceId) -> Ref:
+        """What its last task saved of a source, once that is finished; it outlives the island, not the node."""
+        return self._keeping.pop(source)
+
+    def take_up(self, source: SourceId, kept: Ref) -> None:
+        """Before the next task; whether it succeeds, that task tells."""
+        self._taking = [worker.take_up.remote(source, kept) for worker in self._workers]
+
+    def read(self, checkpoint: str, source: SourceId) -> Ref:
+        """What a checkpoint has of a source."""
+        return self._workers[0].read.remote(checkpoint, source)
+
+    def write_kept(self, folder: str, source: SourceId, kept: Ref) -> Ref:
+        """Answers with the files."""
+        return self._workers[0].write_kept.remote(folder, source, kept)
 
     def write(self, folder: str, source: SourceId, round_: int) -> list[Ref]:
         """Each answers with the files that it wrote of what it exported in that round."""
