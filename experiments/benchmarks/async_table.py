@@ -6,7 +6,8 @@
 Four islands, H=20, in one process with a virtual clock; the rows of arXiv:2401.09135's tables at four levels of
 heterogeneity. Losses are compared with synchronous DiLoCo's of the same seed. What that learns does not depend on
 speeds, so that it is trained once, and takes at each level as many seconds as the slowest island. Dynamic steps (DyLU)
-are told the speeds, but for one row, where islands find them out: their first rounds have H steps each.
+are told the speeds, but for one row, where islands find them out: first rounds have H steps each, and the second ones
+begin together.
 
 `--tune` searches `GRID` on a seed that no result is of, which is where `RATES` come from. Last line: a JSON object.
 """
@@ -59,7 +60,7 @@ TOLD = (DYLU, GRACE)
 BOTH_ENDS = (EXTREME, EQUAL)
 LEVELS = {
     GRACE: (EXTREME, EQUAL, MODERATE, SLIGHT),
-    MEASURED: (EXTREME,),
+    MEASURED: (EXTREME, MODERATE, EQUAL),
     **dict.fromkeys((NAIVE, DN, DYLU, POLY, BUFFER), BOTH_ENDS),
 }
 
@@ -85,8 +86,9 @@ GRID = {
 }
 ORDERS = {
     **{
-        f"{GRACE}, {level}: at most .005 above sync": Order(better=f"{GRACE}, {level}", worse=SYNC, threshold=-0.005)
-        for level in SPEEDS
+        f"{name}, {level}: at most .005 above sync": Order(better=f"{name}, {level}", worse=SYNC, threshold=-0.005)
+        for name in (GRACE, MEASURED)
+        for level in LEVELS[name]
     },
     **{
         f"{NAIVE}, {level}: at least .04 above sync": Order(better=SYNC, worse=f"{NAIVE}, {level}", threshold=0.04)

@@ -7,9 +7,9 @@ worth of data. The time is virtual: a step of the fastest island is a second, an
 it is that of the clock, on Ray on this machine, where each island sleeps after each step (`runtime.slowdown`), on fewer
 steps; a run's time is from the evaluation of the start.
 
-`ratio` is synchronous time / asynchronous time until the former's last loss was reached. `bound`: so much work, shared
-by all speeds together, against rounds in which all wait for the slowest. It is no limit for `ratio`, since what learns
-better reaches a loss with less work. The last line is a JSON object.
+`ratio` is synchronous time / asynchronous time until the former's last loss was first reached. `bound`: so much work,
+shared by all speeds together, against rounds in which all wait for the slowest. It is no limit for `ratio`, since what
+learns better reaches a loss with less work. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ METHODS = {
 class Race:
     """Both methods of one seed."""
 
-    sync_s: float  # until its last loss was measured
+    sync_s: float  # until its last loss, or a lower one, was first measured
     async_s: float  # until this loss, or a lower one, was; infinite where it never was
     target: float  # that loss
     final: float  # what the asynchronous run ended with
@@ -90,10 +90,18 @@ def race(lab: Lab, seed: int, *, on_ray: bool) -> Race:
         lab.loss(name, one, seed, chosen)
         told[name] = lab.records(chosen)
     curves = {name: curve(records, "time_s" if on_ray else "clock_s") for name, records in told.items()}
-    sync_s, target = curves[SYNC][-1]
     seconds_per_step = paces(told[SYNC]) if on_ray else [1 / speed for speed in SPEEDS[EXTREME]]
-    async_s, final = until(curves[GRACE], target), curves[GRACE][-1][1]
-    return Race(sync_s=sync_s, async_s=async_s, target=target, final=final, bound=bound(seconds_per_step))
+    return compared(curves[SYNC], curves[GRACE], seconds_per_step)
+
+
+def compared(
+    sync: Sequence[tuple[float, float]], free: Sequence[tuple[float, float]], paces_s: Sequence[float]
+) -> Race:
+    """Both by the first evaluation that was as low as the last one of `sync`, which need not be its lowest."""
+    target, final = sync[-1][1], free[-1][1]
+    return Race(
+        sync_s=until(sync, target), async_s=until(free, target), target=target, final=final, bound=bound(paces_s)
+    )
 
 
 def _config(lab: Lab, one: Method, seed: int, *, on_ray: bool) -> RunConfig:

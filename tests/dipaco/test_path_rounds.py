@@ -21,7 +21,7 @@ from diloco.runtime.local import Local
 from diloco.schedule import Barrier
 from dipaco.paths import Paths
 from dipaco.schedule import PathRounds
-from tests.toy import Line, digests, launch, records
+from tests.toy import Line, Signalling, digests, launch, records
 
 ROUNDS = 3
 DEEP: dict[str, Any] = {"workload": Line(blocks=4), "inner": AdamW(lr=0.01), "rounds": ROUNDS, "inner_steps": 6}
@@ -191,3 +191,22 @@ def test_every_path_contributes_once_a_round(tmp_path: Path) -> None:
     assert run.summary["contributions"]["accepted"] == 4 * ROUNDS
     trained = [(r["source"], r["round"], r["segment"]) for r in records(run.directory, "segment")]
     assert len(trained) == len(set(trained)) == 4 * ROUNDS * 3
+
+
+@pytest.mark.parametrize(("islands", "lag", "at_shard", "at_step"), [(4, 0, 1, 8), (2, 0, 3, 7), (3, 2, 2, 13)])
+def test_a_run_that_was_stopped_within_a_round_goes_on_to_the_bit(
+    tmp_path: Path, islands: int, lag: int, at_shard: int, at_step: int
+) -> None:
+    """By SIGTERM, wherever the paths are; resumed on one island more."""
+    settings = {**DEEP, "layout": GRID, "schedule": PathRounds(lag=lag, replicas=1), "segment_steps": 2}
+    file = tmp_path / "signal"
+    stopping = Signalling(blocks=4, file=str(file), at_shard=at_shard, at_step=at_step, number=15)
+    expected = launch(tmp_path / "expected", **{**settings, "workload": stopping}, islands=4)
+    file.write_text("")
+    first = launch(tmp_path / "first", **{**settings, "workload": stopping}, islands=islands)
+    assert first.summary["status"] == "interrupted"
+    again = {**settings, "workload": stopping, "resume": str(first.directory), "islands": islands + 1}
+    found = launch(tmp_path / "again", **again)
+    assert found.summary["status"] == "finished"
+    assert digests(found) == digests(expected)
+    assert found.summary["contributions"]["accepted"] == 4 * ROUNDS

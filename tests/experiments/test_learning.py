@@ -112,6 +112,8 @@ def test_a_race_ends_when_the_loss_was_first_reached() -> None:
     assert curve == [(0.0, 5.0), (1.0, 2.0), (3.0, 1.0)]
     assert [async_time.until(curve, target) for target in (2.5, 2.0, 1.5, 0.5)] == [1.0, 1.0, 3.0, math.inf]
     assert async_time.bound([1.0, 1.0]) == 1
+    found = async_time.compared([(0.0, 5.0), (4.0, 1.9), (8.0, 2.0)], curve, [1.0, 1.0])
+    assert (found.sync_s, found.async_s, found.target, found.ratio) == (4.0, 1.0, 2.0, 4.0)  # not its 8 s
     never = async_time.Race(sync_s=4.0, async_s=math.inf, target=1.0, final=2.0, bound=3.0)
     assert never.ratio == 0 and never.figures()["async_s"] is None
 
