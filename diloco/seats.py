@@ -81,7 +81,7 @@ class Bench:
         answer: Task | Wait | NoMore = NoMore()
         if own.island == island.island:
             answer = self._schedule.next_task(island, run, now_s)
-            if isinstance(answer, Task) or (own.segment and not own.loose):
+            if isinstance(answer, Task) or not own.loose:
                 return answer
         task = self._of_another(island, run, now_s)
         if task is None:
