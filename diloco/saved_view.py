@@ -32,6 +32,7 @@ def to_json(run: RunView, now_s: float = 0.0) -> dict[str, Any]:
         "now_s": now_s,
         "holds": {number: island.holds for number, island in run.islands.items()},
         "turn_ends_s": run.turn_ends_s,
+        "round_ends_s": run.round_ends_s,
         "pushes_s": list(run.pushes_s),
         "pool": None if run.pool is None else asdict(run.pool),
         "gathered": {island: ready_s if ready_s < math.inf else None for island, ready_s in run.gathered.items()},
@@ -85,6 +86,7 @@ def load(run: RunView, saved: Mapping[str, Any]) -> None:
         run.pool = Pool(**{**saved["pool"], "returned": returned})
         run.pool.left = run.total_steps - run.pool.done - sum(s.steps for s in returned) - run.pool.under_way
     run.turn_ends_s = {int(turn): end_s for turn, end_s in saved["turn_ends_s"].items()}
+    run.round_ends_s = saved["round_ends_s"]
     run.pushes_s.extend(saved["pushes_s"])
     waiting = {IslandId(int(i)): math.inf if ready_s is None else ready_s for i, ready_s in saved["gathered"].items()}
     run.gathered = {island: ready_s for island, ready_s in waiting.items() if island < len(run.islands)}

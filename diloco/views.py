@@ -55,6 +55,7 @@ class RunView:
     evaluator: IslandView = field(default_factory=lambda: IslandView(island=EVALUATOR, source=SourceId(0)))
     pushes_s: deque[float] = field(default_factory=lambda: deque(maxlen=OBSERVED_ARRIVALS))  # to hand something over
     turn_ends_s: dict[int, float] = field(default_factory=dict)  # when who was first in a turn is expected at its end
+    round_ends_s: float = 0.0  # when the last of the rounds that were begun is expected at its end
     arrival_s: dict[SourceId, deque[float]] = field(default_factory=dict)  # how long after that its source was heard
 
     def __post_init__(self) -> None:
@@ -158,6 +159,8 @@ class RunView:
         if self.pool is not None:
             pace_s, start_s = source.pace_s or 0.0, max(now_s, source.free_s)
             source.free_s = start_s + task.steps * pace_s
+            if task.segment == 0:
+                self.round_ends_s = max(self.round_ends_s, start_s + task.round_steps * pace_s)
             if task.segment == 0 and len(self.fragments) > 1:
                 self.turn_ends_s.setdefault(task.round, start_s + task.round_steps * pace_s)
             if len(self.turn_ends_s) > REMEMBERED_TURNS:

@@ -78,7 +78,7 @@ class FirstCome(Schedule):
             if run.gathered.get(island.island, now_s) > now_s:
                 return Wait(run.gathered[island.island])
             own = run.own_shard(source)
-            stretch = pool.next(own, self.steps(island, run), run.shard_examples, run.seed)
+            stretch = pool.next(own, self.steps(island, run, now_s), run.shard_examples, run.seed)
             if stretch is None:
                 return NoMore() if pool.exhausted else Wait()  # what others have may come back
             shard, position, round_steps = stretch.shard, stretch.first_step, stretch.steps
@@ -104,10 +104,19 @@ class FirstCome(Schedule):
             settled=tuple(source.settled),
         )
 
-    def steps(self, island: IslandView, run: RunView) -> int:
-        """Of an island's next round."""
+    def steps(self, island: IslandView, run: RunView, now_s: float) -> int:
+        """Of an island's next round; where there is a grace, fewer if it is then through when the others are.
+
+        Rounds that are equally long but out of step would stay so, and no grace would ever bring them together.
+        """
         if not self.by_speed:
             return run.inner_steps
+        pace_s = run.sources[island.source].pace_s
+        steps = self._by_speed(island, run)
+        together = round((run.round_ends_s - now_s) / pace_s) if pace_s and self.grace_s else 0
+        return min(steps, together) if together >= steps / 2 else steps
+
+    def _by_speed(self, island: IslandView, run: RunView) -> int:
         if self.speeds:
             return steps_by_speed(self.speeds[island.source], max(self.speeds), run.inner_steps)
         pace_s, least_s = run.sources[island.source].pace_s, run.paces.least_s

@@ -161,6 +161,19 @@ def test_one_slow_round_changes_nothing(tmp_path: Path) -> None:
     assert {task.round_steps for task in runtime.tasks()} == {6}
 
 
+def test_who_falls_out_of_the_grace_comes_back_to_the_others(tmp_path: Path) -> None:
+    """Told to be as fast as the others, but a tenth slower: 0.6 s late in the first round, with 0.2 s of grace.
+
+    The others begin again at 6.2 and end at 12.2; it begins at 6.8 and takes 5 steps, up to 12.3, when all go on.
+    """
+    settings = {**BASE, "islands": 3, "rounds": 4, "runtime": Local(seconds_per_step=[1.0, 1.0, 1.1])}
+    schedule = FirstCome(by_speed=True, speeds=[1.0, 1.0, 1.0], grace_s=0.2, draw=False)
+    found = launch(tmp_path / "run", **settings, schedule=schedule)
+    arrivals = [(round(at_s, 6), source) for at_s, source, *_ in commits(found.directory)]
+    assert arrivals[:6] == [(6.0, 0), (6.0, 1), (6.6, 2), (12.2, 0), (12.2, 1), (12.3, 2)]
+    assert arrivals[6:9] == [(17.8, 2), (18.3, 0), (18.3, 1)]  # 0.5 s early now: 5 steps are 5.5 s
+
+
 # --- staleness ---
 
 
