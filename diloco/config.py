@@ -113,7 +113,10 @@ class RunConfig:
     def resolved(self) -> RunConfig:
         """The same with all that is left to be derived from the number of islands; once, at a run's start."""
         store = replace(self.store, shards=self.store.resolved(self.islands))
-        return replace(self, store=store, outer=self.outer.resolved(self.schedule.commits_a_round(self.islands)))
+        workload = self.workload.for_paths(self.layout.num_paths())
+        return replace(
+            self, workload=workload, store=store, outer=self.outer.resolved(self.schedule.commits_a_round(self.islands))
+        )
 
 
 # group -> choice -> class; what `register` was told

@@ -130,6 +130,7 @@ def starting_view(config: RunConfig, corpus: Corpus, modules: Modules) -> RunVie
         save_every=config.checkpoint.every,
         shard_examples=corpus.shard_examples(),
         moving=config.schedule.moving,
+        splits=tuple(config.workload.splits()),
     )
     view.pool = view.new_pool(config.schedule.drawn) if config.schedule.free else None
     seats.begin(view, modules, config.islands)

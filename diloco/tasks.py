@@ -38,12 +38,16 @@ def exports(run: RunView) -> list[Task]:
     ]
 
 
-def evaluation(run: RunView, index: int = 0) -> Task:
-    """The evaluator installs the present global weights of a path and measures them on its part of what is held out.
+def present(run: RunView, path: int = 0) -> Task:
+    """The evaluator installs the present global weights of a path.
 
     Always for the same source: modules that paths share stay where they are.
     """
-    path = run.paths[index]
-    task = bare(run, EVALUATOR, next(iter(run.sources.values())))
-    versions = {slot: run.modules[key].version for slot, key in path.items()}
-    return replace(task, modules=path, install=versions, evaluate=run.splits[index])
+    modules = run.paths[path]
+    versions = {slot: run.modules[key].version for slot, key in modules.items()}
+    return replace(bare(run, EVALUATOR, next(iter(run.sources.values()))), modules=modules, install=versions)
+
+
+def evaluation(run: RunView, index: int = 0) -> Task:
+    """The evaluator measures the present global weights on what is held out; of several splits, on that of a path."""
+    return replace(present(run, index % len(run.paths)), evaluate=run.splits[index])

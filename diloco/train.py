@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from diloco import checkpoint as ckpt
@@ -21,6 +18,7 @@ from diloco.config import RunConfig
 from diloco.coordinator import Coordinator
 from diloco.display import Display
 from diloco.events import Event, Log, Run, Save, Started, Stop
+from diloco.interrupts import interruptible
 from diloco.layout import check_blocks
 from diloco.messages import IslandId, Modules, Shape
 from diloco.metrics import MetricsWriter, open_metrics
@@ -189,7 +187,7 @@ class _Session:
         before_s, clock_before_s = counters.train_s, counters.clock_s - event.now_s
         islands = self._view.islands
         display.watch(lambda: {number: view.queued > 0 for number, view in islands.items() if view.alive})
-        with _interruptible(self._backend, display.message):
+        with interruptible(self._backend, display.message):
             while stop is None:
                 counters.train_s = before_s + time.monotonic() - start_s
                 counters.clock_s = clock_before_s + event.now_s
@@ -205,10 +203,22 @@ class _Session:
                             self._backend.carry_out(command)
                 if stop is None:
                     event = self._backend.next_event(coordinator.wake_s)
-        export = str(self._directory / "export") if stop.status == "finished" else None
-        present = tasks.evaluation(self._view)
-        run = Run(task=present, wants=self._view.evaluator.give(present))
-        return stop, self._backend.finish(run, export, "")
+        return stop, self._final(self._directory / "export" if stop.status == "finished" else None)
+
+    def _final(self, export: Path | None) -> Final:
+        """The result, exported; where there are several paths, a folder for each, beside what they share."""
+        finals = []
+        several = len(self._modules.paths) > 1
+        for path in range(len(self._modules.paths)):
+            present = tasks.present(self._view, path)
+            folder = export / f"path{path}" if export and several else export
+            run = Run(task=present, wants=self._view.evaluator.give(present))
+            finals.append(self._backend.finish(run, str(folder) if folder else None, ""))
+        if export and several:
+            table = {"paths": [dict(path) for path in self._modules.paths]}
+            summary.write_text(export / "paths.json", json.dumps(table, indent=1) + "\n")
+            self._config.workload.export_shared(self._corpus, export)
+        return replace(finals[0], weights_sha256=summary.of_paths([final.weights_sha256 for final in finals]))
 
     def _save(self, command: Save, writer: MetricsWriter) -> None:
         manifest = {
@@ -253,28 +263,6 @@ class _Session:
     def _newest_checkpoint(self) -> str | None:
         names = ckpt.CheckpointFolder(self._root).names()
         return f"{self._root}/{names[-1]}" if names else None
-
-
-@contextmanager
-def _interruptible(backend: Backend, say: Callable[[str], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks for a checkpoint and a stop; a second SIGINT breaks off."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-        say("interrupted: writing a checkpoint after the present segment; Ctrl-C again breaks off without one")
-        backend.interrupt()
-
-    for number in before:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def _show(display: Display, result: Result, final: Final) -> None:

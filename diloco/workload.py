@@ -76,6 +76,18 @@ class Workload(ABC):
     def export(self, model: nn.Module, corpus: Corpus, folder: Path) -> None:
         """Write the model for use elsewhere into the existing, empty `folder`."""
 
+    def splits(self) -> list[str]:
+        """What is evaluated, by path: one for all, or one for each path. Then `evaluate` must tell "tokens" too."""
+        return ["validation"]
+
+    def for_paths(self, paths: int) -> Workload:
+        """The same, for a layout with so many paths."""
+        return self
+
+    def export_shared(self, corpus: Corpus, folder: Path) -> None:
+        """Write what all paths need beside their own folders below `folder`; nothing for most."""
+        return None
+
     def num_parameters(self) -> int:
         """About how many the model has, where that is cheap to tell: memory is set aside by it. 0 = unknown."""
         return 0

@@ -259,8 +259,8 @@ class RayBackend(Backend):
     def _parts(self, sent: list[tuple[int, Ref]]) -> list[Part]:
         return [(self._shards[shard], self._shard_nodes[shard], ref) for shard, ref in sent]
 
-    def _on_saved(self, **told: Any) -> None:
-        self._events.append(Saved(now_s=self.now_s(), **told))
+    def _on_saved(self, path: str, seconds: float, error: str) -> None:
+        self._events.append(Saved(now_s=self.now_s(), path=path, seconds=seconds, error=error))
 
     def _on_measured(self, answers: list[Any], error: RayError | None) -> None:
         raise_errors(answers, error)

@@ -18,7 +18,7 @@ from diloco.runtime.ray_refs import Pending, Ref, get, short
 class Saver:
     """Asks shards and islands to write, and completes what they wrote."""
 
-    def __init__(self, pending: Pending, told: Callable[..., None], *, moving: bool) -> None:
+    def __init__(self, pending: Pending, told: Callable[[str, float, str], None], *, moving: bool) -> None:
         """`told` is called with path, seconds and what went wrong when a checkpoint is complete, or given up."""
         self.newest = ""  # the newest complete one
         self._pending, self._told, self._moving = pending, told, moving
@@ -63,7 +63,7 @@ class Saver:
             files = {path: digest for answer in answers for path, digest in answer.items()}
             problem = folder.conclude(name, manifest, files, keep=keep, error="" if error is None else short(error))
             self.newest = self.newest if problem else f"{root}/{name}"
-            self._told(path=f"{root}/{name}", seconds=time.monotonic() - start_s, error=problem)
+            self._told(f"{root}/{name}", time.monotonic() - start_s, problem)
 
         try:
             folder.begin(name)

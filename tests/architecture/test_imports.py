@@ -110,6 +110,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "diloco.workload",
         ),
     },
+    "diloco.interrupts": {"diloco.runtime.base"},
     "diloco.summary": {"diloco.runtime.base", "diloco.counters", "diloco.messages"},
     "diloco.plan": {"diloco.messages"},
     "diloco.planner": {
