@@ -76,6 +76,10 @@ class Workload(ABC):
     def export(self, model: nn.Module, corpus: Corpus, folder: Path) -> None:
         """Write the model for use elsewhere into the existing, empty `folder`."""
 
+    def splits(self) -> list[str]:
+        """What is evaluated, by path: one for all, or one for each path."""
+        return ["validation"]
+
     def num_parameters(self) -> int:
         """About how many the model has, where that is cheap to tell: memory is set aside by it. 0 = unknown."""
         return 0

@@ -106,7 +106,7 @@ class CausalLM(Workload):
             raise ValueError(f"split={split!r} is unknown: causal_lm has 'validation' only")
         sequences = corpus.validation()
         total = 0.0
-        with _evaluating(model):
+        with evaluating(model):
             for first in range(0, len(sequences), EVALUATION_BATCH):
                 chunk = sequences[first : first + EVALUATION_BATCH]
                 total += _cross_entropy(model, chunk, reduction="sum").item()
@@ -150,7 +150,7 @@ class CausalLM(Workload):
             ids = ids[-(positions - tokens) :]
         inputs = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)  # int64[1, prompt]
         generate: Any = model.generate
-        with _seeded(seed, model.device), _evaluating(model):
+        with _seeded(seed, model.device), evaluating(model):
             outputs = generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -223,7 +223,7 @@ def _cross_entropy(model: nn.Module, tokens: Tensor, *, reduction: str) -> Tenso
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; then the mode that was before."""
     training = model.training
     model.eval()
