@@ -123,9 +123,10 @@ class LinearRouter(Router):
         """Logistic regression of `labels` (best paths) on `features`, then a bias for the loads.
 
         With the bias, the shares of the documents with features `match` that go to each path are `target`
-        within 1 %; by default the shares of the labels. Documents with equal features stay together, so a
-        share may miss its target by as many. A path that is no document's label gets what others score
-        lowest, up to its target. Raises ValueError for labels outside 0 ... paths - 1 or another shape.
+        within 1 %, or a document or two where they are few; by default the shares of the labels. Documents
+        with equal features stay together, so a share may miss its target by as many. A path that is no
+        document's label gets what others score lowest, up to its target. Raises ValueError for labels
+        outside 0 ... paths - 1, a target of another length, or features of another width.
         """
         if len(labels) != len(features) or len(labels) == 0 or labels.min() < 0 or labels.max() >= paths:
             raise ValueError(
@@ -220,6 +221,7 @@ def _centers(features: Floats, clusters: int, seed: int) -> Floats:
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
+    check_enough(len(features), clusters)
     distinct = len(np.unique(features, axis=0))
     if distinct < clusters:
         raise ValueError(
