@@ -6,6 +6,7 @@ tells long documents from short ones rather than their topics.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, TypeAlias, final
 import numpy as np
 import torch
 
+from diloco.workloads.causal_lm import without_progress_bars
 from dipaco import saved
 from dipaco.saved import Floats
 
@@ -209,11 +211,23 @@ def _base_model(base: str) -> Any:
     from transformers import AutoModel
 
     _base_config(base)
-    return AutoModel.from_pretrained(base, dtype=torch.float32).eval()
+    with without_progress_bars():
+        return AutoModel.from_pretrained(base, dtype=torch.float32).eval()
+
+
+def _positions(config: Any) -> int:
+    try:
+        return int(config.max_position_embeddings)
+    except AttributeError:  # state-space models, say, have no limit
+        return sys.maxsize
 
 
 def _hidden_states(model: Any, documents: Sequence[Document], tokens: int) -> Floats:
-    """float32[documents, hidden]: means over the first `tokens` tokens; zeros for an empty document."""
+    """float32[documents, hidden]: means over the first `tokens` tokens; zeros for an empty document.
+
+    No more tokens than the model has positions for.
+    """
+    tokens = min(tokens, _positions(model.config))
     means = np.zeros((len(documents), model.config.hidden_size), dtype=np.float32)
     order = sorted((index for index in range(len(documents)) if len(documents[index])), key=lambda i: len(documents[i]))
     for first in range(0, len(order), BATCH):  # of like lengths, so that little is padded

@@ -26,6 +26,7 @@ from dipaco.shards import balanced, deal_replicas, overlapping
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 FIT_DOCUMENTS = 20_000  # at most so many, at random, fit features and router
+READ_DOCUMENTS = 5_000  # instead, where a base model reads them: on a CPU that takes minutes
 AT_ONCE = 8_192  # documents whose features are computed together
 FORMAT = 1  # of cached routings
 
@@ -131,7 +132,7 @@ def fit_features(folder: TokenFolder, settings: Settings) -> tuple[Features, lis
     training = np.flatnonzero(~folder.held_out)
     check_enough(len(training), settings.paths)
     random = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(3,)))
-    chosen = np.sort(random.permutation(training)[:FIT_DOCUMENTS])
+    chosen = np.sort(random.permutation(training)[: READ_DOCUMENTS if settings.base else FIT_DOCUMENTS])
     documents = texts(folder, chosen)
     tokens = max(settings.prefix_tokens, settings.document_tokens)
     if settings.base:

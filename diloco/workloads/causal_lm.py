@@ -119,7 +119,7 @@ class CausalLM(Workload):
         assert isinstance(corpus, TokenCorpus) and isinstance(model, PreTrainedModel)
         tokenizer = self._tokenizer(corpus)
         tokenizer.save_pretrained(folder)
-        with _without_progress_bars():
+        with without_progress_bars():
             model.save_pretrained(folder)
         config = copy.deepcopy(model.config)
         config.use_cache = True  # off while training
@@ -191,7 +191,7 @@ class CausalLM(Workload):
         if not folder.is_dir() and self.model.startswith((".", "/", "~")):
             raise ValueError(f"workload.model={self.model}: there is no such folder: {remedy}")
         try:
-            with _without_progress_bars():
+            with without_progress_bars():
                 return kind.from_pretrained(self.model, trust_remote_code=self.trust_remote_code, **settings)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -235,7 +235,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing over a run's own display."""
     from transformers.utils import logging as untyped
 

@@ -129,7 +129,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.workloads": set(),
     "diloco.runtime": set(),
     "dipaco.saved": set(),
-    "dipaco.features": {"dipaco.saved"},
+    "dipaco.features": {"dipaco.saved", "diloco.workloads.causal_lm"},
     "dipaco.router": {"dipaco.saved"},
     "dipaco.shards": {"dipaco.router", "dipaco.saved"},
     "dipaco.documents": {"dipaco.saved", "diloco.tokens", "diloco.workloads.causal_lm"},
