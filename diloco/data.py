@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -129,19 +130,28 @@ def prepared(data: Data, *, trust_remote_code: bool = False) -> TokenFolder:
     key = json.dumps([source.versions(), recipe.fingerprint()], sort_keys=True)
     corpora = Path(data.cache).expanduser().absolute() / "corpora"
     final = corpora / hashlib.sha256(key.encode()).hexdigest()[:20]
-    if not final.exists():
-        try:
-            corpora.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(dir=corpora, prefix=".making-"))
-        except OSError as error:
-            raise ValueError(f"data.cache={data.cache} cannot be written ({error}): choose another folder") from error
-        try:
-            prepare(source, recipe, made)
-            os.chmod(made, 0o755)  # mkdtemp's 0o700 would shut others out of a shared cache
-            _publish(made, final)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+    make_once(final, lambda folder: prepare(source, recipe, folder))
     return TokenFolder.open(final)
+
+
+def make_once(final: Path, make: Callable[[Path], None]) -> None:
+    """Let `make` fill the folder `final`, unless it is there: complete or not at all, whoever else asks for it.
+
+    Raises ValueError where the folder above it, in `data.cache`, cannot be written.
+    """
+    if final.exists():
+        return
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=final.parent, prefix=".making-"))
+    except OSError as error:
+        raise ValueError(f"data.cache={final.parents[1]} cannot be written ({error}): choose another folder") from error
+    try:
+        make(made)
+        os.chmod(made, 0o755)  # mkdtemp's 0o700 would shut others out of a shared cache
+        _publish(made, final)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _publish(made: Path, final: Path) -> None:
@@ -160,15 +170,29 @@ class TokenCorpus:
     `data.split` deals the training documents to shards; validation documents are in no shard.
     """
 
-    def __init__(self, data: Data, *, seed: int, shards: int, trust_remote_code: bool = False) -> None:
-        """Prepare or open the corpus. ValueError where `data` or the number of `shards` cannot be used."""
+    def __init__(
+        self,
+        data: Data,
+        *,
+        seed: int,
+        shards: int,
+        trust_remote_code: bool = False,
+        assignment: list[Array] | None = None,
+    ) -> None:
+        """Prepare or open the corpus. ValueError where `data` or the number of `shards` cannot be used.
+
+        `assignment`, int64[documents] for each shard, stands in for the dealing by `data.split`.
+        """
         if shards < 1:
             raise ValueError(f"{shards} shards: there must be at least 1")
         self.data = data
         self.folder = prepared(data, trust_remote_code=trust_remote_code)
         self._seed = seed
         self._orders: dict[int, tuple[int, Array]] = {}  # shard -> (epoch, order) of the last read
-        self.assignment = _deal(self.folder, data.split, seed=seed, shards=shards)  # shard -> its documents
+        if assignment is None:
+            assignment = _deal(self.folder, data.split, seed=seed, shards=shards)
+        assert len(assignment) == shards
+        self.assignment = assignment  # shard -> its documents
         self._shards = [Windows(self.folder, documents, data.sequence_length) for documents in self.assignment]
         for shard, windows in enumerate(self._shards):
             if windows.count == 0:

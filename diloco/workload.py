@@ -84,6 +84,10 @@ class Workload(ABC):
         """The same, for a layout with so many paths."""
         return self
 
+    def warnings(self, corpus: Corpus) -> list[str]:
+        """What should be known of the data before it is trained on."""
+        return []
+
     def export_shared(self, corpus: Corpus, folder: Path) -> None:
         """Write what all paths need beside their own folders below `folder`; nothing for most."""
         return None

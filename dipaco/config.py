@@ -5,6 +5,8 @@ from __future__ import annotations
 from diloco.config import register
 from dipaco.paths import Paths
 from dipaco.schedule import PathRounds
+from dipaco.workload import RoutedLM
 
 register(group="layout", name="paths", node=Paths)
 register(group="schedule", name="path_rounds", node=PathRounds)
+register(group="workload", name="routed_lm", node=RoutedLM)

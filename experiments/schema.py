@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 import diloco.async_  # noqa: F401 - registers its parts
-import dipaco  # noqa: F401 - registers its parts
+import dipaco  # noqa: F401 - likewise
 from diloco import config as configuration
 from diloco.config import RunConfig
 from experiments.mistakes import Mistake, unknown_key

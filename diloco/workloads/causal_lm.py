@@ -106,7 +106,7 @@ class CausalLM(Workload):
             raise ValueError(f"split={split!r} is unknown: causal_lm has 'validation' only")
         sequences = corpus.validation()
         total = 0.0
-        with _evaluating(model):
+        with evaluating(model):
             for first in range(0, len(sequences), EVALUATION_BATCH):
                 chunk = sequences[first : first + EVALUATION_BATCH]
                 total += _cross_entropy(model, chunk, reduction="sum").item()
@@ -119,7 +119,7 @@ class CausalLM(Workload):
         assert isinstance(corpus, TokenCorpus) and isinstance(model, PreTrainedModel)
         tokenizer = self._tokenizer(corpus)
         tokenizer.save_pretrained(folder)
-        with _without_progress_bars():
+        with without_progress_bars():
             model.save_pretrained(folder)
         config = copy.deepcopy(model.config)
         config.use_cache = True  # off while training
@@ -150,7 +150,7 @@ class CausalLM(Workload):
             ids = ids[-(positions - tokens) :]
         inputs = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)  # int64[1, prompt]
         generate: Any = model.generate
-        with _seeded(seed, model.device), _evaluating(model):
+        with _seeded(seed, model.device), evaluating(model):
             outputs = generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -191,7 +191,7 @@ class CausalLM(Workload):
         if not folder.is_dir() and self.model.startswith((".", "/", "~")):
             raise ValueError(f"workload.model={self.model}: there is no such folder: {remedy}")
         try:
-            with _without_progress_bars():
+            with without_progress_bars():
                 return kind.from_pretrained(self.model, trust_remote_code=self.trust_remote_code, **settings)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -223,7 +223,7 @@ def _cross_entropy(model: nn.Module, tokens: Tensor, *, reduction: str) -> Tenso
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; then the mode that was before."""
     training = model.training
     model.eval()
@@ -235,7 +235,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing over a run's own display."""
     from transformers.utils import logging as untyped
 

@@ -1,0 +1,81 @@
+"""Documents scored one by one, each in pieces of the sequence length and without its prefix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diloco.tokens import TokenFolder
+from diloco.workloads.causal_lm import EVALUATION_BATCH, evaluating
+from dipaco.saved import Doubles, Integers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+UNCOUNTED = -100  # what cross_entropy ignores
+
+
+@final
+class Pieces:
+    """Consecutive pieces of documents: every token after a document's prefix is the target of exactly one.
+
+    A piece has at most `length` inputs, the token before its first target among them. The first `prefix` tokens
+    are context alone: the router has seen them (arXiv:2403.10616, section 2.4).
+    """
+
+    def __init__(self, folder: TokenFolder, documents: Array, *, length: int, prefix: int) -> None:
+        """`documents`: int64[documents] to cut. Those that are all prefix have no piece."""
+        self._folder, self._length, self._prefix = folder, length, prefix
+        sizes = folder.offsets[documents + 1] - folder.offsets[documents]
+        counts = np.maximum(0, -(-(sizes - 1) // length))
+        self.documents: Integers = np.repeat(documents, counts)  # int64[pieces]
+        ends = np.cumsum(counts)
+        self._starts = (np.arange(len(self.documents)) - np.repeat(ends - counts, counts)) * length
+        self._stops = np.minimum(self._starts + length, np.repeat(sizes, counts) - 1)  # the last target
+        self.tokens: Integers = np.maximum(0, self._stops + 1 - np.maximum(self._starts + 1, prefix))  # counted ones
+        self._keep(np.flatnonzero(self.tokens))
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def thin(self, count: int) -> None:
+        """Keep at most `count`, spread evenly over all."""
+        available = len(self)
+        kept = min(count, available)
+        self._keep(np.arange(kept) * available // max(1, kept))
+
+    def log_likelihoods(self, model: nn.Module, indices: Array) -> Doubles:
+        """float64[len(indices)]: the sum over each piece's counted tokens, in nats. The model's mode is kept."""
+        found = np.zeros(len(indices))
+        with evaluating(model):
+            for first in range(0, len(indices), EVALUATION_BATCH):
+                chunk = indices[first : first + EVALUATION_BATCH]
+                found[first : first + len(chunk)] = -self._losses(model, chunk).sum(dim=1).double().cpu().numpy()
+        return found
+
+    def _losses(self, model: nn.Module, indices: Sequence[int] | Array) -> Tensor:
+        """float32[pieces, longest]: of each target, 0 where it is padding or prefix."""
+        texts, targets = [], []
+        for index in indices:
+            start, stop = int(self._starts[index]), int(self._stops[index])
+            document = self._folder.document(int(self.documents[index]))
+            text = torch.from_numpy(document[start : stop + 1].astype(np.int64))
+            target = text[1:].clone()
+            target[: max(0, self._prefix - start - 1)] = UNCOUNTED
+            texts.append(text[:-1])
+            targets.append(target)
+        device = next(model.parameters()).device
+        # On the right, where causal attention hides it from all that is counted.
+        inputs = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
+        wanted = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=UNCOUNTED).to(device)
+        logits = model(input_ids=inputs).logits.float()  # [pieces, longest, vocabulary]
+        return functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=UNCOUNTED)
+
+    def _keep(self, indices: Array) -> None:
+        self.documents, self.tokens = self.documents[indices], self.tokens[indices]
+        self._starts, self._stops = self._starts[indices], self._stops[indices]

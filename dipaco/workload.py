@@ -1,0 +1,163 @@
+"""Language modelling on routed documents: each path trains on its own, and is evaluated on its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from diloco.data import Data
+from diloco.messages import ShardId
+from diloco.workload import Batch, Corpus, Workload
+from diloco.workloads.causal_lm import CausalLM
+from dipaco.corpus import RoutedCorpus
+from dipaco.documents import Pieces
+from dipaco.routing import RouterKind, Settings
+from dipaco.saved import Doubles, Integers
+
+
+@dataclass(kw_only=True)
+class RoutedLM(Workload):
+    """A causal language model whose training documents a router deals to paths (arXiv:2403.10616, section 2.4)."""
+
+    model: str = "tiny"  # as causal_lm's: a preset, or a folder or hub id
+    trust_remote_code: bool = False
+    paths: int = 0  # that documents are routed to; 0 = as many as the layout has
+    router: RouterKind = RouterKind.kmeans  # kmeans, product, file, domains (true ones) or iid (at random)
+    router_file: str = ""  # the folder of a saved router, for router=file
+    base: str = ""  # a folder with a model, such as RUN/export: features by its hidden states. "" = by words
+    prefix_tokens: int = 32  # of each document: what the router sees, and no perplexity counts
+    document_tokens: int = 1024  # of training documents, that k-means sees; 0 = the prefix, as in the paper
+    overlap: int = 1  # every training document is in so many shards
+    balance: float = 0.0  # no shard holds more than this times its fair share of tokens; 0 = no limit
+    router_fraction: float = 0.005  # of the training documents, held out to score paths with
+
+    def __post_init__(self) -> None:
+        for name in ("router_file", "base"):
+            if vars(self)[name]:  # workers may start in another folder
+                setattr(self, name, os.path.abspath(os.path.expanduser(vars(self)[name])))
+        for name, least in (("paths", 0), ("prefix_tokens", 1), ("document_tokens", 0), ("overlap", 1)):
+            if vars(self)[name] < least:
+                raise ValueError(f"workload.{name}={vars(self)[name]}: it must be at least {least}")
+        if self.paths and self.overlap > self.paths:
+            raise ValueError(f"workload.overlap={self.overlap} with {self.paths} paths: use at most {self.paths}")
+        if self.balance and self.balance < 1:
+            raise ValueError(f"workload.balance={self.balance}: a shard needs its fair share: at least 1, or 0 = off")
+        if not 0 <= self.router_fraction < 1:
+            raise ValueError(f"workload.router_fraction={self.router_fraction}: it must be at least 0 and below 1")
+        if (self.router is RouterKind.file) != bool(self.router_file):
+            raise ValueError(
+                f"workload.router={self.router.value} with workload.router_file={self.router_file!r}: router=file "
+                "takes the folder of a saved router, and the others take none"
+            )
+        if self.router in (RouterKind.domains, RouterKind.iid) and (self.overlap > 1 or self.balance):
+            raise ValueError(
+                f"workload.router={self.router.value} has no scores for workload.overlap={self.overlap} or "
+                f"workload.balance={self.balance}: leave those out, or use another router"
+            )
+
+    def build_model(self, seed: int) -> nn.Module:
+        return self._language().build_model(seed)
+
+    def num_parameters(self) -> int:
+        return self._language().num_parameters()
+
+    def corpus(self, data: Data, *, seed: int, shards: int) -> RoutedCorpus:
+        """Prepare and route (once; later calls read the cache). One path has the shards of causal_lm.
+
+        Raises ValueError also where the router cannot be fitted or loaded, or a shard is empty or too small.
+        """
+        settings = Settings(
+            router=self.router,
+            paths=self.paths,
+            base=self.base,
+            prefix_tokens=self.prefix_tokens,
+            document_tokens=self.document_tokens,
+            overlap=self.overlap,
+            balance=self.balance,
+            router_fraction=self.router_fraction,
+            router_file=self.router_file,
+            seed=seed,
+        )
+        whole = self._language().corpus(data, seed=seed, shards=shards if self.paths == 1 else 1)
+        return RoutedCorpus(whole, settings, shards=shards, parameters=self.num_parameters())
+
+    def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
+        return self._language().batch(_routed(corpus).tokens, shard, step)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        return self._language().loss(model, batch)
+
+    def tokens(self, batch: Batch) -> int:
+        return self._language().tokens(batch)
+
+    def for_paths(self, paths: int) -> RoutedLM:
+        """Documents go to as many paths. Raises ValueError where other ones were asked for, and there are several."""
+        if paths > 1 and self.paths not in (0, paths):
+            raise ValueError(f"workload.paths={self.paths}, but the layout has {paths} paths; leave workload.paths out")
+        return replace(self, paths=self.paths or paths)
+
+    def warnings(self, corpus: Corpus) -> list[str]:
+        """Small shards, and too few tokens for so many paths."""
+        return list(_routed(corpus).warnings)
+
+    def splits(self) -> list[str]:
+        """ "validation", or with several paths "validation/0" and so on: what the router sends to each."""
+        return ["validation"] if self.paths == 1 else [f"validation/{path}" for path in range(self.paths)]
+
+    def evaluate(self, model: nn.Module, corpus: Corpus, split: str) -> dict[str, float]:
+        """{"loss": mean nats a token, "tokens": how many it is a mean over}, on whole documents without prefixes.
+
+        `split`: "validation" for all validation documents, "validation/3" for those of path 3; likewise
+        "router/3", of the documents held out of training to score paths with. No tokens give loss 0.
+        """
+        routed = _routed(corpus)
+        kind, _, path = split.partition("/")
+        own = path in [str(known) for known in range(self.paths)]
+        if kind not in ("validation", "router") or (not own and split != kind):
+            raise ValueError(
+                f"split={split!r} is unknown: routed_lm has validation, router, and each with a path, as in "
+                f"validation/{self.paths - 1}"
+            )
+        pieces = routed.validation if kind == "validation" else routed.pieces(routed.router_documents)
+        indices = np.arange(len(pieces))
+        if own:
+            indices = np.flatnonzero(routed.paths_of(pieces.documents) == int(path))
+        return _mean_loss(model, pieces, indices)
+
+    def export(self, model: nn.Module, corpus: Corpus, folder: Path) -> None:
+        self._language().export(model, _routed(corpus).tokens, folder)
+
+    def sample(self, model: nn.Module, corpus: Corpus, prompt: str, *, tokens: int, seed: int) -> str:
+        return self._language().sample(model, _routed(corpus).tokens, prompt, tokens=tokens, seed=seed)
+
+    def _language(self) -> CausalLM:
+        return CausalLM(model=self.model, trust_remote_code=self.trust_remote_code)
+
+
+def document_scores(model: nn.Module, corpus: Corpus, documents: Integers | Sequence[int]) -> Doubles:
+    """float64[documents]: the log-likelihood of each whole document without its prefix, in nats.
+
+    S_p of arXiv:2403.10616, section 2.4.2, where `model` is path p; 0 for a document that is all prefix.
+    """
+    wanted = np.asarray(documents, dtype=np.int64)
+    distinct, places = np.unique(wanted, return_inverse=True)
+    pieces = _routed(corpus).pieces(distinct)
+    scores = pieces.log_likelihoods(model, np.arange(len(pieces)))
+    owner = np.searchsorted(distinct, pieces.documents)
+    return np.bincount(owner, scores, minlength=len(distinct))[places].astype(np.float64)
+
+
+def _mean_loss(model: nn.Module, pieces: Pieces, indices: Integers) -> dict[str, float]:
+    tokens = int(pieces.tokens[indices].sum())
+    total = float(-pieces.log_likelihoods(model, indices).sum())
+    return {"loss": total / max(1, tokens), "tokens": float(tokens)}
+
+
+def _routed(corpus: Corpus) -> RoutedCorpus:
+    assert isinstance(corpus, RoutedCorpus)
+    return corpus
