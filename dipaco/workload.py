@@ -132,6 +132,13 @@ class RoutedLM(Workload):
     def export(self, model: nn.Module, corpus: Corpus, folder: Path) -> None:
         self._language().export(model, _routed(corpus).tokens, folder)
 
+    def export_shared(self, corpus: Corpus, folder: Path) -> None:
+        """The router, for `dipaco.load`; true and random shards have none."""
+        table = _routed(corpus).table
+        if table is not None and table.routing is not None:
+            (folder / "router").mkdir()
+            table.routing.save(folder / "router")
+
     def sample(self, model: nn.Module, corpus: Corpus, prompt: str, *, tokens: int, seed: int) -> str:
         return self._language().sample(model, _routed(corpus).tokens, prompt, tokens=tokens, seed=seed)
 

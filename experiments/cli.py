@@ -105,6 +105,11 @@ def _export(run: Path, folder: Path) -> int:
 def _sample(run: Path, prompt: str, *, tokens: int, seed: int) -> int:
     from experiments.trained import trained
 
+    if (run / "export" / "paths.json").is_file():
+        import dipaco
+
+        print(dipaco.load(run).generate(prompt, tokens=tokens, seed=seed))
+        return FINISHED
     found = trained(run)
     text = found.config.workload.sample(found.model, found.corpus, prompt, tokens=tokens, seed=seed)
     if not text:

@@ -160,7 +160,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "dipaco.reshard": {"dipaco.corpus", "dipaco.router", "dipaco.routing", "dipaco.saved"},
     "dipaco.config": {"diloco.config", "dipaco.*"},
-    "dipaco": {"dipaco.config"},
+    "dipaco.paths": {"diloco.layout", "diloco.messages"},
+    "dipaco.schedule": {"diloco.messages", "diloco.progress", "diloco.schedule", "diloco.views"},
+    "dipaco.loaded": {"dipaco.routing"},
+    "dipaco": {"dipaco.config", "dipaco.loaded"},
     "experiments*": {"diloco*", "dipaco*", "experiments*"},
 }
 # Names that only annotations need, under `if TYPE_CHECKING`, from where the table allows no import.
@@ -196,7 +199,9 @@ LIBRARIES = (
         ),
     ),
     Library("torchft", ("experiments.benchmarks.peers",), inside_functions=True),
-    Library("transformers", ("diloco.workloads.*", *sorted(DATA), "dipaco.features"), inside_functions=True),
+    Library(
+        "transformers", ("diloco.workloads.*", *sorted(DATA), "dipaco.features", "dipaco.loaded"), inside_functions=True
+    ),
     Library("sklearn", ("dipaco.features", "dipaco.router"), inside_functions=True),
     Library("scipy", ("dipaco.features",), inside_functions=True),
     Library("rich", ("diloco.display", "diloco.fleet", "experiments*"), inside_functions=True),

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lm(**settings: Any) -> RoutedLM:
-    return RoutedLM(**{"model": "micro", "prefix_tokens": 24, "router_fraction": 0.1, **settings})
+    return RoutedLM(**{"model": "micro", "paths": 4, "prefix_tokens": 24, "router_fraction": 0.1, **settings})
 
 
 def corpus_of(folder: Path, workload: RoutedLM, *, seed: int = 0, shards: int = 4, **data: Any) -> RoutedCorpus:
@@ -292,10 +292,10 @@ def test_saved_routers_that_do_not_fit(folder: Path, corpus: RoutedCorpus, tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"paths": 0}, "workload.paths=0: it must be at least 1"),
+        ({"paths": -1}, "workload.paths=-1: it must be at least 0"),
         ({"prefix_tokens": 0}, "workload.prefix_tokens=0: it must be at least 1"),
         ({"document_tokens": -1}, "workload.document_tokens=-1: it must be at least 0"),
-        ({"overlap": 5}, "workload.overlap=5 with 4 paths: use at most 4"),
+        ({"paths": 4, "overlap": 5}, "workload.overlap=5 with 4 paths: use at most 4"),
         ({"balance": 0.5}, "workload.balance=0.5: a shard needs its fair share"),
         ({"router_fraction": 1.0}, "workload.router_fraction=1.0: it must be at least 0 and below 1"),
         ({"router": RouterKind.file}, "workload.router=file with workload.router_file=''"),
@@ -336,4 +336,4 @@ def test_the_command_line_and_config_yaml_know_it(tmp_path: Path) -> None:
     path.write_text(to_yaml(RunConfig(workload=lm(overlap=2))))
     assert load(path).workload == lm(overlap=2)
     with pytest.raises(Mistake, match=r"workload\.overlap=9"):
-        single(Request(overrides=("workload=routed_lm", "workload.overlap=9")))
+        single(Request(overrides=("workload=routed_lm", "workload.paths=4", "workload.overlap=9")))
