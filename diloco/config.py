@@ -92,8 +92,21 @@ class RunConfig:
         if self.replica is ReplicaKind.fsdp2 and isinstance(self.layout, Whole | Fragments):
             derived = isinstance(self.layout, Fragments) or not self.layout.patterns
             self.layout = replace(self.layout, keep_blocks=derived)
+        self._check_paths()
         if not self.name or "/" in self.name:
             raise ValueError(f"name={self.name!r} becomes part of a folder's name; use letters, digits, - and _")
+
+    def _check_paths(self) -> None:
+        paths = self.layout.num_paths()
+        if not self.schedule.moving and paths > self.islands:
+            raise ValueError(
+                f"islands={self.islands} are fewer than the layout's {paths} paths, of which each island trains one;"
+                f" use schedule=path_rounds, where they take turns, or islands={paths}"
+            )
+        if self.schedule.moving and self.replica is ReplicaKind.fsdp2:
+            raise ValueError(
+                "replica=fsdp2: what belongs to a path is spread over its workers, and paths move; use ddp"
+            )
 
     def workers_by_island(self) -> tuple[int, ...]:
         """How many workers each island has. Raises ValueError where `workers` does not say that."""

@@ -210,3 +210,64 @@ def test_a_run_that_was_stopped_within_a_round_goes_on_to_the_bit(
     assert found.summary["status"] == "finished"
     assert digests(found) == digests(expected)
     assert found.summary["contributions"]["accepted"] == 4 * ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": Barrier(), "islands": 3}, r"islands=3 are fewer than the layout's 4 paths.*schedule=path_rounds"),
+        ({"replica": "fsdp2", "islands": 4}, r"replica=fsdp2.*use ddp"),
+        ({"layout": Paths(levels=[2, 2, 2, 2, 2])}, r"levels=\[2, 2, 2, 2, 2\] do not cover the model's 4 blocks"),
+        ({"layout": Paths(levels=[2, 2], first_blocks=[4])}, r"first_blocks=\[4\] do not cover the model's 4 blocks"),
+        ({"layout": Paths(levels=[2, 2], private=["nothing"])}, r"private: 'nothing' matches no parameter"),
+        ({"layout": Paths(levels=[2, 2], fragments=5)}, r"fragments=5 are more than the model's 4 blocks"),
+    ],
+)
+def test_runs_that_cannot_be(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch(tmp_path, **{**DEEP, "layout": GRID, "schedule": PathRounds(), **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"levels": []}, r"levels=\[\]: give each level at least 1 module"),
+        ({"levels": [2, 0]}, r"levels=\[2, 0\]: give each level at least 1 module"),
+        ({"first_blocks": [1, 2]}, "must name the first block of each level after the first: 1 numbers"),
+        ({"first_blocks": [0]}, "must rise from above 0"),
+        ({"fragments": 0}, "fragments=0 must be at least 1"),
+        ({"private": ["("]}, "is no regular expression"),
+        ({"table": [[0, 0], [1]]}, r"path 1 has 1 modules, \[1\]; layout.levels=\[2, 2\] needs 2"),
+        ({"table": [[0, 0], [1, 2]]}, "path 1 names module 2 of level 1, which has 2: 0 to 1"),
+        ({"table": [[0, 0], [0, 1]]}, "no path goes through module 1 of level 0"),
+    ],
+)
+def test_layouts_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Paths(**settings)
+
+
+def test_the_modules_of_a_table_with_private_parts_and_fragments() -> None:
+    """Three paths, of which two share level 0; the embedding is each path's own."""
+    shapes = {"embed.weight": (5, 2), **{f"layers.{i}.weight": (2, 2) for i in range(4)}, "norm.weight": (2,)}
+    layout = Paths(levels=[2, 3], table=[[0, 0], [0, 1], [1, 2]], first_blocks=[1], private=["embed"], fragments=2)
+    modules = layout.build(shapes, 2)
+    assert {slot: names for slot, names in modules.slots.items()} == {
+        "private.fragment1": ("embed.weight",),
+        "level0.fragment0": ("layers.0.weight",),
+        "level1.fragment1": ("layers.1.weight", "layers.3.weight"),
+        "level1.fragment0": ("layers.2.weight",),
+        "shared.fragment1": ("norm.weight",),
+    }
+    assert modules.paths[1] == {
+        "private.fragment1": "private.fragment1/1",
+        "level0.fragment0": "level0.fragment0/0",
+        "level1.fragment1": "level1.fragment1/1",
+        "level1.fragment0": "level1.fragment0/1",
+        "shared.fragment1": "shared.fragment1/0",
+    }
+    assert modules.fragments == (
+        ("level0.fragment0", "level1.fragment0"),
+        ("private.fragment1", "level1.fragment1", "shared.fragment1"),
+    )
+    assert len(modules.shards) == 3 + 2 + 3 + 3 + 1 and set(modules.shards.values()) == {0, 1}
