@@ -92,7 +92,7 @@ def load(run: RunView, saved: Mapping[str, Any]) -> None:
     run.gathered = {island: ready_s for island, ready_s in waiting.items() if island < len(run.islands)}
     seats.place(run, len(run.islands))
     for number, held in saved["holds"].items():
-        if int(number) in run.islands:
+        if int(number) in run.islands and not run.moving:
             run.islands[IslandId(int(number))].holds = dict(held)
 
 

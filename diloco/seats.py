@@ -147,9 +147,10 @@ def hand_over(source: SourceView, island: IslandView) -> bool:
     """
     if (island.trains, source.last) == (source.source, island.island):
         return False
+    fresh = island.trains is None and not source.kept  # it has the values that the run starts with, if any
     island.trains, source.last = source.source, island.island
-    kept = source.kept and not source.whole
-    island.holds = dict(source.held) if kept else {}
+    if not fresh:
+        island.holds = {} if source.whole or not source.kept else dict(source.held)
     return source.kept
 
 

@@ -47,7 +47,8 @@ def run_small(command: str) -> int:
     words = shlex.split(command)
     words = words[3:] if words[0] == "python" else words[2:]
     given = {word.partition("=")[0] for word in words}
-    few = ["inner_steps=5"] if "inner_steps" not in given else []  # as many as there are fragments
+    fragments = 24 if "+experiment=quorum" in words else 5
+    few = [f"inner_steps={fragments}"] if "inner_steps" not in given else []
     return entry.main([*words, *SMALL, *few])
 
 

@@ -182,6 +182,14 @@ def test_a_path_goes_on_when_its_own_modules_have_stepped(tmp_path: Path) -> Non
     assert max(at_s for island, at_s in ends if island == 1) == ROUNDS * 60
 
 
+def test_the_first_values_are_not_sent(tmp_path: Path) -> None:
+    """To islands that have just built the same model; nor do they change anything."""
+    run = launch(tmp_path, **DEEP, layout=GRID, schedule=PathRounds(), islands=4)
+    down = [(r["round"], r["comm/bytes_down"]) for r in records(run.directory, "segment") if r["segment"] == 0]
+    assert {round_: size > 0 for round_, size in down} == {0: False, 1: True, 2: True}
+    assert len(down) == 4 * ROUNDS
+
+
 def test_every_path_contributes_once_a_round(tmp_path: Path) -> None:
     run = launch(tmp_path, **DEEP, layout=GRID, schedule=PathRounds(), islands=3)
     heard: dict[tuple[int, str], list[int]] = {}
