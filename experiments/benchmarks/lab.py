@@ -91,7 +91,7 @@ class Lab:
 
     def loss(self, label: str, method: Method, seed: int, chosen: RunConfig | None = None) -> float:
         """Validation loss in nats a byte after training `method`, as `chosen` or `begun`; infinite if it diverged."""
-        summary = self._summary(chosen or self.begun(method, seed))
+        summary = self.summary(chosen or self.begun(method, seed))
         loss = float("inf") if summary["val_loss"] is None else float(summary["val_loss"])
         sent = ("bytes_up", "bytes_down", "bytes_data_parallel")
         kept = ("islands", "inner_steps", "rounds", "tokens", *sent, "wall_s", "weights_sha256")
@@ -108,7 +108,7 @@ class Lab:
 
     def records(self, chosen: RunConfig) -> list[dict[str, Any]]:
         """metrics.jsonl of this configuration's run, done now unless it was."""
-        self._summary(chosen)
+        self.summary(chosen)
         return [json.loads(line) for line in (self._directory(chosen) / "metrics.jsonl").read_text().splitlines()]
 
     def config(self, method: Method, seed: int, *, init_from: str) -> RunConfig:
@@ -154,14 +154,14 @@ class Lab:
         base = self.config(method, seed + PRETRAIN_SEED, init_from="")
         inner = AdamW(lr=method.lr, warmup_steps=self.scale.warmup_steps, rate=RateSchedule.constant)
         chosen = replace(base, inner=inner, inner_steps=self.scale.pretrain_steps)
-        self._summary(chosen, keep_checkpoint=True)
+        self.summary(chosen, keep_checkpoint=True)
         return self._directory(chosen)
 
     def _directory(self, chosen: RunConfig) -> Path:
         digest = hashlib.sha256(config.to_yaml(chosen).encode()).hexdigest()[:12]
         return self.folder / f"seed{chosen.seed}_k{chosen.islands}_h{chosen.inner_steps}_{digest}"
 
-    def _summary(self, chosen: RunConfig, *, keep_checkpoint: bool = False) -> dict[str, Any]:
+    def summary(self, chosen: RunConfig, *, keep_checkpoint: bool = False) -> dict[str, Any]:
         """summary.json of this configuration's run, done now unless it was."""
         directory = self._directory(chosen)
         file = directory / "summary.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments.benchmarks import ablations, async_table, async_time, compression, lab, learning
+from experiments.benchmarks import ablations, async_table, async_time, compression, dipaco_table, lab, learning
 from experiments.benchmarks.lab import Order
 
 
@@ -124,3 +124,12 @@ def test_the_race_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     race: dict[str, float] = last_line(capsys)["races"][0]  # type: ignore[index]
     assert race["sync_s"] > 4 * 2 * 0.5  # rounds of two steps of the slowest
     assert 1 < race["bound"] <= 3.25
+
+
+def test_dipacos_table_has_its_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dipaco_table.main(["--quick", "--to", str(tmp_path)]) == 0
+    result = last_line(capsys)
+    assert {"dipaco", "diloco", "dense", "flat", "purity"} <= set(result)
+    assert set(result["orders"]) == set(dipaco_table.ORDERS)  # type: ignore[call-overload]
+    with pytest.raises(SystemExit, match="2"):
+        dipaco_table.main(["--paths", "3"])
