@@ -27,7 +27,7 @@ class FirstCome(Schedule):
     """
 
     batch: int = 1  # contributions of an outer step
-    grace_s: float = 0.0  # .inf = until all islands are there
+    grace_s: float = 0.0  # inf = until all islands are there
     by_speed: bool = False  # slower islands take fewer steps, so that all take about as long (DyLU)
     speeds: list[float] = field(default_factory=list)  # relative ones, one an island; empty = measured while training
     draw: bool = True  # the next shard is drawn, under-served ones first (Eq. 2); else each island keeps its own

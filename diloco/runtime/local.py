@@ -60,7 +60,7 @@ class Local(Runtime):
         if any(not seconds > 0 for seconds in self.seconds_per_step):
             raise ValueError(f"runtime.seconds_per_step={self.seconds_per_step} must hold positive numbers")
         if any(not rate > 0 for rate in self.mbits_per_s):
-            raise ValueError(f"runtime.mbits_per_s={self.mbits_per_s} must hold positive numbers; .inf = no limit")
+            raise ValueError(f"runtime.mbits_per_s={self.mbits_per_s} must hold positive numbers; inf = no limit")
 
     def open(self, job: Job) -> Backend:
         """Checks that there is a speed and a link for each island."""
