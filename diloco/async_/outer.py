@@ -47,7 +47,7 @@ class DelayedNesterov(OuterOptimizer):
         if not 0 <= self.activation <= most:
             raise ValueError(
                 f"outer.activation={self.activation} is outside [0, 1/N] = [0, {most:g}] for outer.delay={self.delay}"
-                " (N; 0 stands for as many as islands, and may allow less); give less (the paper's values are 0 and 0.1)"
+                " (N; 0 stands for as many as islands, and may allow less); give less: the paper has 0 and 0.1"
             )
 
     def resolved(self, islands: int) -> OuterOptimizer:
