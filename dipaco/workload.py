@@ -57,7 +57,7 @@ class RoutedLM(Workload):
         if self.router in (RouterKind.domains, RouterKind.iid) and (self.overlap > 1 or self.balance):
             raise ValueError(
                 f"workload.router={self.router.value} has no scores for workload.overlap={self.overlap} or "
-                f"workload.balance={self.balance}: leave those out, or use another router"
+                f"workload.balance={self.balance}: set workload.overlap=1 and workload.balance=0, or use another router"
             )
 
     def build_model(self, seed: int) -> nn.Module:
