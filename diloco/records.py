@@ -42,7 +42,7 @@ def _commit(stats: Sequence[CommitStats], run: RunView) -> Log:
         "outer/stalenesses": list(stats[0].staleness),
         "outer/rounds": list(stats[0].rounds),
         "outer/scale": stats[0].scale,
-        "outer/alive": sum(island.alive for island in run.islands.values()),
+        "outer/alive": run.alive(),
         "outer/participating": len(set(stats[0].sources)),
         "outer/weight": _weight(stats[0], run),
         "total/rounds": run.round,

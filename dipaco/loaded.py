@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diloco.workloads.causal_lm import SAMPLE_TEMPERATURE, SAMPLE_TOP_K
 from dipaco.routing import Routing
 
 NEW_TOKENS = 80
-TEMPERATURE, TOP_K = 0.8, 50
 
 
 def load(run: str | Path) -> Loaded:
@@ -63,8 +63,8 @@ class Loaded:
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=tokens,
                 do_sample=True,
-                temperature=TEMPERATURE,
-                top_k=TOP_K,
+                temperature=SAMPLE_TEMPERATURE,
+                top_k=SAMPLE_TOP_K,
                 pad_token_id=end,
             )
         return text + str(self._tokenizer.decode(outputs[0, len(ids) :], skip_special_tokens=True))

@@ -75,11 +75,13 @@ class Local(Runtime):
 class Link:
     """One way of an island's connection, virtual: one message after the other."""
 
-    bytes_per_s: float = math.inf
+    bytes_per_s: float
     free_s: float = 0.0  # when the last message is through
 
     def through_s(self, begin_s: float, size_bytes: int) -> float:
-        """When a message that is there at `begin_s` has been sent."""
+        """When a message that is there at `begin_s` has been sent; an empty one waits for nothing."""
+        if size_bytes == 0:
+            return begin_s
         self.free_s = max(begin_s, self.free_s) + size_bytes / self.bytes_per_s
         return self.free_s
 
@@ -90,7 +92,7 @@ class LocalBackend(Backend):
     def __init__(self, job: Job, settings: Local) -> None:
         self._job, self._latency_s = job, settings.latency_s
         self._seconds_per_step = {EVALUATOR: 0.0, **_of_islands(settings.seconds_per_step or [1.0] * job.islands)}
-        rates = _of_islands(settings.mbits_per_s)
+        rates = {EVALUATOR: math.inf, **_of_islands(settings.mbits_per_s or [math.inf] * job.islands)}
         self._up = {island: Link(bytes_per_s=rate * 1e6 / 8) for island, rate in rates.items()}
         self._down = {island: Link(bytes_per_s=rate * 1e6 / 8) for island, rate in rates.items()}
         self._threads_before = torch.get_num_threads()
@@ -245,9 +247,7 @@ class LocalBackend(Backend):
             self._frozen[task.source, task.round] = self._islands[task.island].export(task.source)
         speed = self._seconds_per_step[task.island]
         free_s = self._free_at_s.get(task.island, 0.0)
-        there_s = self._clock_s + self._latency_s
-        if task.island in self._down and report.bytes_down:
-            there_s = self._down[task.island].through_s(self._clock_s, report.bytes_down) + self._latency_s
+        there_s = self._down[task.island].through_s(self._clock_s, report.bytes_down) + self._latency_s
         start_s = max(there_s, free_s)
         self._free_at_s[task.island] = start_s + speed * task.steps
         heard_s = self._free_at_s[task.island] + self._latency_s
@@ -275,9 +275,7 @@ class LocalBackend(Backend):
     def _push(self, task: Task) -> None:
         sent = self._sent.pop(task.turn)
         verdicts = tuple(self._shards[self._modules.shards[c.module]].push(c) for c in sent)
-        sent_s = self._clock_s
-        if task.island in self._up:
-            sent_s = self._up[task.island].through_s(sent_s, sum(c.payload.nbytes for c in sent))
+        sent_s = self._up[task.island].through_s(self._clock_s, sum(c.payload.nbytes for c in sent))
         heard_s = sent_s + 2 * self._latency_s
         event = Received(now_s=heard_s, turn=task.turn, verdicts=verdicts, attempt=task.attempt)
         self._later(heard_s - self._clock_s, event)

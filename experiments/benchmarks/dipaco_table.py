@@ -37,6 +37,7 @@ DENSE, DILOCO, FLAT, DIPACO, SHIPPED, PRIVATE, LONG = (
     "DiPaCo, true domains, own embeddings",
     "dense, as many times the steps",
 )
+KEYS = {"dipaco": DIPACO, "diloco": DILOCO, "dense": DENSE, "flat": FLAT}  # of the last line
 ORDERS = {
     "true domains: at least .03 below DiLoCo": Order(better=DIPACO, worse=DILOCO, threshold=0.03),
     "shipped router: below DiLoCo": Order(better=SHIPPED, worse=DILOCO, threshold=0.0),
@@ -83,8 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     conclude(lab, benchmark="dipaco_table", seeds=seeds, losses=losses, text=text, orders=ORDERS, more=more)
     return 0
 
-
-KEYS = {"dipaco": DIPACO, "diloco": DILOCO, "dense": DENSE, "flat": FLAT}
 
 if __name__ == "__main__":
     sys.exit(main())

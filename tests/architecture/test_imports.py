@@ -162,7 +162,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dipaco.config": {"diloco.config", "dipaco.*"},
     "dipaco.paths": {"diloco.layout", "diloco.messages"},
     "dipaco.schedule": {"diloco.messages", "diloco.progress", "diloco.schedule", "diloco.views"},
-    "dipaco.loaded": {"dipaco.routing"},
+    "dipaco.loaded": {"diloco.workloads.causal_lm", "dipaco.routing"},
     "dipaco": {"dipaco.config", "dipaco.loaded"},
     "experiments*": {"diloco*", "dipaco*", "experiments*"},
 }

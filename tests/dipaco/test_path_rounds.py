@@ -192,10 +192,6 @@ def test_the_first_values_are_not_sent(tmp_path: Path) -> None:
 
 def test_every_path_contributes_once_a_round(tmp_path: Path) -> None:
     run = launch(tmp_path, **DEEP, layout=GRID, schedule=PathRounds(), islands=3)
-    heard: dict[tuple[int, str], list[int]] = {}
-    for record in records(run.directory, "commit"):
-        for source in record["outer/contributors"]:
-            heard.setdefault((record["round"], str(record.get("fragment"))), []).append(source)
     assert run.summary["contributions"]["accepted"] == 4 * ROUNDS
     trained = [(r["source"], r["round"], r["segment"]) for r in records(run.directory, "segment")]
     assert len(trained) == len(set(trained)) == 4 * ROUNDS * 3
