@@ -183,12 +183,24 @@ class Commit:
     sources: tuple[SourceId, ...]
     weights: tuple[float, ...]  # the examples behind each contribution; the merge normalises them
     rounds: tuple[int, ...] = ()  # of each contribution, where every source counts its own; () = all of `round`
+    planned: tuple[float, ...] = ()  # where contributions are folded as they come: the weights of all that were awaited
     scale: float = 1.0  # multiplies the merged result: staleness damping, sqrt(P)
 
     @property
     def keys(self) -> tuple[tuple[int, SourceId], ...]:
         """Round and source of each contribution."""
         return tuple(zip(self.rounds or (self.round,) * len(self.sources), self.sources, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """Add these contributions to what was heard of `module` in this round: the next ones, in order of source."""
+
+    module: ModuleKey
+    round: int
+    sources: tuple[SourceId, ...]
+    weights: tuple[float, ...]  # the examples behind each
+    planned: tuple[float, ...]  # the weights of all that are awaited in the round
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,6 +156,7 @@ class ModuleView:
     round: int = 0  # the round that its next commit belongs to
     awaited: set[SourceId] = field(default_factory=set)  # who takes part in that round and was not heard yet
     arrivals: Arrivals = field(default_factory=dict)
+    folded: int = 0  # of those who are planned, in order, so many were heard and their contributions added up
     rejected: int = 0  # contributions to that round that were refused
     dropped: int = 0  # contributions to that round that the schedule left out
 

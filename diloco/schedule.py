@@ -88,6 +88,10 @@ class Schedule(ABC):
         """Whether a contribution is not to count, since its module took so many versions meanwhile."""
         return False
 
+    def planned(self, run: RunView, key: ModuleKey) -> tuple[SourceId, ...]:
+        """Whom a module's step waits for, whoever is late, in order: they are added up as they come. () = not known."""
+        return ()
+
 
 @dataclass(kw_only=True)
 class Barrier(Schedule):

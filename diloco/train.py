@@ -101,6 +101,7 @@ def make_job(config: RunConfig) -> Job:
         threads_per_worker=config.threads_per_worker,
         gpus_per_worker=config.gpus_per_worker,
         imports=tuple(config.imports),
+        schedule=config.schedule,
         sources=config.num_sources(),
         moving=config.schedule.moving,
     )

@@ -80,6 +80,10 @@ class RunView:
         self._sources_on: list[list[SourceId]] = [[] for _ in self.paths]
         for source in self.sources.values():
             self._sources_on[source.path].append(source.source)
+        self._sources_through = {
+            key: tuple(sorted(source for path in paths for source in self._sources_on[path]))
+            for key, paths in self._paths_through.items()
+        }
         self.paces = Paces(self.sources)
 
     def path_of(self, source: SourceView) -> Mapping[SlotName, ModuleKey]:
@@ -89,6 +93,10 @@ class RunView:
     def paths_through(self, key: ModuleKey) -> int:
         """How many paths a module is part of."""
         return len(self._paths_through[key])
+
+    def sources_through(self, key: ModuleKey) -> tuple[SourceId, ...]:
+        """All sources whose path a module is part of, in order."""
+        return self._sources_through[key]
 
     def fragment_of(self, key: ModuleKey) -> int:
         """With which fragment a module is exchanged."""
@@ -249,25 +257,10 @@ class RunView:
         for commit in commits:
             module = self.modules[commit.module]
             module.version += bool(commit.sources)
-            module.round, module.rejected, module.dropped = commit.round + 1, 0, 0
+            module.round, module.rejected, module.dropped, module.folded = commit.round + 1, 0, 0, 0
             module.arrivals = {key: arrival for key, arrival in module.arrivals.items() if key not in commit.keys}
             module.awaited = set()
         self.open_rounds([commit.module for commit in commits], now_s)
-
-    def begin_anew(self, keys: Sequence[ModuleKey]) -> list[Commit]:
-        """Nobody is left in the rounds of these modules: who is there takes part in the newest of them.
-
-        Returns how the older ones end: without a step.
-        """
-        newest = max(self.modules[key].round for key in keys)
-        for source in self.sources.values():
-            if source.whole and source.began > newest:
-                source.round = source.began = newest
-        return [
-            Commit(module=key, round=self.modules[key].round, sources=(), weights=())
-            for key in keys
-            if self.modules[key].round < newest
-        ]
 
     def save_due(self, round_: int) -> bool:
         """Whether a checkpoint is written once `round_` rounds are committed."""
@@ -284,7 +277,7 @@ class RunView:
             source.round = source.began = self.round
             source.restart(self.round * self.inner_steps)
         for module in self.modules.values():
-            module.round, module.rejected, module.dropped = self.round, 0, 0
+            module.round, module.rejected, module.dropped, module.folded = self.round, 0, 0, 0
             module.arrivals.clear()
             module.awaited.clear()
         if self.pool is not None:

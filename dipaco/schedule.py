@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from diloco.messages import Commit, ModuleKey, Task
+from diloco.folding import planned_weights
+from diloco.messages import Commit, ModuleKey, SourceId, Task
 from diloco.progress import IslandView
 from diloco.schedule import Barrier, NoMore, Schedule, Wait
 from diloco.views import RunView
@@ -59,7 +60,15 @@ class PathRounds(Schedule):
 
     def commits(self, run: RunView, touched: Sequence[ModuleKey], now_s: float) -> list[Commit]:
         """For each module that all paths through it were heard of, in order of path."""
-        commits = self._turns.commits(run, touched, now_s)
-        if not self.rescale:
-            return commits
-        return [replace(commit, scale=math.sqrt(run.paths_through(commit.module))) for commit in commits]
+        return [
+            replace(
+                commit,
+                planned=planned_weights(self.planned(run, commit.module), run),
+                scale=math.sqrt(run.paths_through(commit.module)) if self.rescale else 1.0,
+            )
+            for commit in self._turns.commits(run, touched, now_s)
+        ]
+
+    def planned(self, run: RunView, key: ModuleKey) -> tuple[SourceId, ...]:
+        """All paths through it."""
+        return run.sources_through(key)
