@@ -85,8 +85,10 @@ class Method:
 class Lab:
     """Trains methods in a folder and remembers what came out; a run that is there already is not done again."""
 
-    def __init__(self, folder: Path, scale: Scale) -> None:
+    def __init__(self, folder: Path, scale: Scale, *, texts: Sequence[Path] = ()) -> None:
+        """`texts`: files with the fields `text` and `domain`, in the place of the Python installation's."""
         self.folder, self.scale = folder.absolute(), scale
+        self._texts = [str(path) for path in texts]
         self.rows: list[dict[str, Any]] = []  # of metrics.csv: each run that was asked for
 
     def loss(self, label: str, method: Method, seed: int, chosen: RunConfig | None = None) -> float:
@@ -128,6 +130,8 @@ class Lab:
             init_from=init_from,
             workload=CausalLM(model="micro"),
             data=Data(
+                files=self._texts,
+                domain_field="domain" if self._texts else "",
                 tokenizer="bytes",
                 batch=scale.batch * method.times_batch,
                 sequence_length=scale.sequence_length,
