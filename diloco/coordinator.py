@@ -141,6 +141,9 @@ class Coordinator:
         ready = self._gathered(IslandId(source.source)) if self.run.pool else []
         keys = [verdict.module for verdict in event.verdicts]
         commands = self._commit_ready(keys)
+        if self._bench and self.run.free and not commands:  # it was refused, and its source waits for no step
+            self._bench.stepped(keys)
+            ready = self._waiting.on(keys)
         return [*noted, *commands, *folding.due(keys, self.run, self._schedule), *self._dispatch(ready)]
 
     def _gathered(self, number: IslandId) -> list[IslandId]:
@@ -219,12 +222,10 @@ class Coordinator:
         return self._commit(self._schedule.commits(self.run, touched, self._now_s))
 
     def _commit(self, commits: list[Commit]) -> list[Command]:
-        for key in [commit.module for commit in commits if not commit.sources] + self.run.hopeless():
-            module = self.run.modules[key]
-            if module.rejected:
-                self._stopped = True
-                reason = f"all {module.rejected} contributions to round {self.run.round} were rejected"
-                return [Stop(status="stopped", reason=f"{reason}; the weights of the round before are kept")]
+        for key in self.run.hopeless(commits)[:1]:
+            self._stopped = True
+            reason = f"all {self.run.modules[key].rejected} contributions to round {self.run.round} were rejected"
+            return [Stop(status="stopped", reason=f"{reason}; the weights of the round before are kept")]
         late = sorted({(c.round, source) for c in commits for source in self.run.modules[c.module].awaited})
         self.run.commit(commits, self._now_s)
         left_out = [records.left_out(source, round_, self.run.round) for round_, source in late]
@@ -248,8 +249,6 @@ class Coordinator:
             self._draining, self._saves.pausing = Drain.tasks, True
         evaluation = self._evaluations.begin(self.run) if any(map(self.run.eval_due, ended)) else []
         return [*self._dispatch(self._waiting.all()), *evaluation, *measure, *save]
-
-    # --- tasks ---
 
     def _dispatch(self, islands: Iterable[IslandId]) -> list[Command]:
         commands: list[Command] = []

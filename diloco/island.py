@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diloco import inner as inners
+from diloco import stopping
 from diloco.anchors import Anchors
 from diloco.codec import Codec
 from diloco.feedback import Feedback
@@ -143,6 +144,8 @@ class Island:
                     f"{type(self._workload).__name__}.evaluate gave {sorted(found)}; it must give 'loss' too"
                 )
             metrics |= {f"eval/{name}": value for name, value in found.items()}
+            if task.keep_best is not None and found["stop_loss"] < task.keep_best.below:
+                stopping.write(Path(task.keep_best.folder), self.write_model)
         self._last_end_s = time.perf_counter()
         return Report(
             task=task,

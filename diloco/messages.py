@@ -66,6 +66,14 @@ class Settled:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeepBest:
+    """Write the evaluated model to `folder` if its `stop_loss` is `below` that of the best round so far."""
+
+    folder: str
+    below: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """Install these modules, train some steps on this data, contribute those slots: a unit of an island's work."""
 
@@ -87,6 +95,7 @@ class Task:
     fresh: bool = False  # start with empty optimizer state, since the source's weights were refused
     attempt: int = 0  # how often the source's work was given out anew; a later one replaces an earlier one
     evaluate: str | None = None  # a split to evaluate after installing
+    keep_best: KeepBest | None = None  # where early stopping looks at the evaluation
     save: bool = False  # export the source's state after the last step, for a checkpoint
     settled: tuple[Settled, ...] = ()  # what became of this source's last contributions, for error feedback
 

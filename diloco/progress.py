@@ -167,6 +167,15 @@ class ModuleView:
 
 
 @dataclass(kw_only=True)
+class BestRound:
+    """With early stopping: the round after which a path did best on the slice of its data that is kept for this."""
+
+    round: int
+    stop_loss: float  # on that slice
+    loss: float  # on what is held out, with the same weights
+
+
+@dataclass(kw_only=True)
 class IslandView:
     """One island now, or the evaluator; not checkpointed, since islands come and go."""
 

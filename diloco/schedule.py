@@ -38,7 +38,7 @@ class Schedule(ABC):
     """Pure and deterministic: the same views and time give the same answer, and nothing is written."""
 
     by_fragment: ClassVar[bool] = True  # fragments are exchanged one after the other; else all at once
-    free: ClassVar[bool] = False  # sources go on without each other, on data from a pool
+    free: ClassVar[bool] = False  # sources go on without each other; on data from a pool, unless they move
     drawn: ClassVar[bool] = False  # from the pool's shards by chance, under-served ones first; else each its own
     moving: ClassVar[bool] = False  # sources go from island to island, so that there may be more or fewer of them
 

@@ -49,7 +49,7 @@ def place(run: RunView, islands: int) -> None:
 
 
 def _await(run: RunView, source: SourceView) -> None:
-    if run.pool is not None:
+    if run.free:
         return
     modules = [run.modules[key] for key in run.path_of(source).values()]
     if source.whole and not run.moving:

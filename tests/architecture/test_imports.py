@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.saved_view": {"diloco.seats", *TYPES},
     "diloco.saves": {"diloco.saved_view", *TYPES},
     "diloco.seats": {"diloco.schedule", "diloco.waiting", *TYPES},
-    "diloco.evaluations": {"diloco.records", "diloco.tasks", *TYPES},
+    "diloco.stopping": TYPES,
+    "diloco.evaluations": {"diloco.records", "diloco.stopping", "diloco.tasks", *TYPES},
     "diloco.pushes": {"diloco.events", "diloco.messages"},
     "diloco.watch": {"diloco.records", *TYPES},
     "diloco.records": TYPES,
@@ -75,6 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "diloco.anchors": {"diloco.codec", "diloco.messages", "diloco.replica"},
     "diloco.island": {
+        "diloco.stopping",
         "diloco.anchors",
         "diloco.replica",
         "diloco.feedback",
