@@ -147,7 +147,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dipaco.shards": {"dipaco.router", "dipaco.saved"},
     "dipaco.documents": {"dipaco.saved", "diloco.tokens", "diloco.workloads.causal_lm"},
     "dipaco.routing": {"dipaco.features", "dipaco.router", "dipaco.saved", "dipaco.shards", *DATA},
-    "dipaco.corpus": {"dipaco.documents", "dipaco.routing", "dipaco.saved", "dipaco.shards", *DATA},
+    "dipaco.specialities": {"dipaco.features", "dipaco.routing", "dipaco.saved", *DATA},
+    "dipaco.corpus": {
+        "dipaco.documents",
+        "dipaco.routing",
+        "dipaco.saved",
+        "dipaco.shards",
+        "dipaco.specialities",
+        *DATA,
+    },
     "dipaco.workload": {
         "diloco.messages",
         "diloco.workload",
