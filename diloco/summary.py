@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from diloco.beside import dense_val_loss
 from diloco.counters import Counters
 from diloco.runtime.base import Final
 
@@ -52,6 +54,13 @@ def outcome(counters: Counters, *, islands: int, parameters: int, wall_s: float)
         "waiting_s": round(counters.waiting_s, 3),
         "compute_utilization": round(busy_s / counters.clock_s, 4) if counters.clock_s > 0 else None,
     }
+
+
+def routed(counters: Counters, *, paths: int, beside: Sequence[str]) -> dict[str, object]:
+    """Of a run of several paths: how many, the loss of the whole, and that of a dense run among those `beside` it."""
+    if paths == 1:
+        return {}
+    return {"paths": paths, "routed_val_loss": counters.val_loss, "dense_val_loss": dense_val_loss(beside)}
 
 
 def of_paths(digests: list[str]) -> str:

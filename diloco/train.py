@@ -248,6 +248,7 @@ class _Session:
             "parameters": None if final is None else final.parameters,
             "trainable_parameters": self._parameters,
             **summary.outcome(view.counters, islands=config.islands, parameters=self._parameters, wall_s=wall_s),
+            **summary.routed(view.counters, paths=len(view.paths), beside=config.metrics.beside),
             **summary.digests(final),
             "data_sha256": self._corpus.sha256,
             "data": self._corpus.describe(),

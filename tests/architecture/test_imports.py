@@ -94,7 +94,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(sorted(DATA), DATA),
     "diloco.checkpoint": {"diloco.layout", "diloco.messages", "diloco.sharded", "diloco.workers"},
     "diloco.sharded": {"diloco.checkpoint", "diloco.messages", "diloco.workers"},
-    "diloco.metrics": {"diloco.display", "diloco.fleet", "diloco.formats", "diloco.messages"},
+    "diloco.beside": {"diloco.rundir"},
+    "diloco.metrics": {"diloco.beside", "diloco.display", "diloco.fleet", "diloco.formats", "diloco.messages"},
     "diloco.display": {"diloco.fleet", "diloco.formats"},
     "diloco.fleet": {"diloco.formats"},
     "diloco.formats": set(),
@@ -111,7 +112,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         ),
     },
     "diloco.interrupts": {"diloco.runtime.base"},
-    "diloco.summary": {"diloco.runtime.base", "diloco.counters", "diloco.messages"},
+    "diloco.summary": {"diloco.beside", "diloco.runtime.base", "diloco.counters", "diloco.messages"},
     "diloco.plan": {"diloco.messages"},
     "diloco.planner": {
         "diloco.codec",
@@ -208,7 +209,9 @@ LIBRARIES = (
     ),
     Library("torchft", ("experiments.benchmarks.peers",), inside_functions=True),
     Library(
-        "transformers", ("diloco.workloads.*", *sorted(DATA), "dipaco.features", "dipaco.loaded"), inside_functions=True
+        "transformers",
+        ("diloco.workloads.*", *sorted(DATA), "dipaco.features", "dipaco.loaded", "dipaco.specialities"),
+        inside_functions=True,
     ),
     Library("sklearn", ("dipaco.features", "dipaco.router"), inside_functions=True),
     Library("scipy", ("dipaco.features",), inside_functions=True),
