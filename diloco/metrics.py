@@ -6,9 +6,9 @@ rounds done, without a barrier also the one that is being made; `total/` is the 
 `outer/participating` count islands, `outer/weight` is the share of all examples that is behind the step), stale (a
 contribution was refused), evaluation, checkpoint, warning, late, lost, joined, sample (what the trained model
 writes), end. `defaults` of a start: those of the configuration's keys that differ from them. `clock_s` is the
-runtime's clock, virtual in runtime local, and `clock_seconds` what a task took by it. An
-evaluation has `eval/loss/PATH` and `eval/load/PATH` where there are several paths, and `beside/LABEL` for each run of
-`metrics.beside`: its validation loss after as many inner steps of a source.
+runtime's clock, virtual in runtime local, and `clock_seconds` what a task took by it.
+Where there are several paths, a start has their modules and `routing`, and an evaluation `eval/loss/PATH` and
+`eval/load/PATH`. For each run of `metrics.beside` an evaluation has `beside/LABEL`: its loss after as many inner steps.
 """
 
 from __future__ import annotations

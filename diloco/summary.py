@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diloco.beside import dense_val_loss
 from diloco.counters import Counters
+from diloco.messages import ModuleKey, SlotName
 from diloco.runtime.base import Final
 
 
@@ -61,6 +62,13 @@ def routed(counters: Counters, *, paths: int, beside: Sequence[str]) -> dict[str
     if paths == 1:
         return {}
     return {"paths": paths, "routed_val_loss": counters.val_loss, "dense_val_loss": dense_val_loss(beside)}
+
+
+def told_at_start(paths: Sequence[Mapping[SlotName, ModuleKey]], data: Mapping[str, object]) -> dict[str, object]:
+    """Of a run of several paths: the module of each slot of each, and what is sent to it, where the data tells that."""
+    if len(paths) == 1:
+        return {}
+    return {"paths": [dict(path) for path in paths], **{key: data[key] for key in data if key == "routing"}}
 
 
 def of_paths(digests: list[str]) -> str:

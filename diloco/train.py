@@ -180,7 +180,9 @@ class _Session:
         for note in self._notes:
             writer.write({"event": "warning", "round": self._view.round, "message": note})
         defaults = configuration.defaults_of_changed(self._config)
-        writer.write({"event": "start", "round": self._view.round, **self._environment, "defaults": defaults})
+        paths = summary.told_at_start(self._view.paths, self._corpus.describe())
+        begun = {"event": "start", "round": self._view.round, **self._environment, "defaults": defaults, **paths}
+        writer.write(begun)
         stop: Stop | None = None
         counters, start_s = self._view.counters, time.monotonic()
         event: Event = Started(now_s=self._backend.now_s())
