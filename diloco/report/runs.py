@@ -142,12 +142,13 @@ def _read_run(directory: Path) -> Run:
 
 def _read_modules(path: Path, told: History) -> list[dict[str, str]]:
     """As they were exported, or as the run said at its start; none where there are not several paths."""
-    found = told.start.get("paths")
+    exported: Any = None
     with suppress(OSError, ValueError):  # not exported, or only half of it
         exported = json.loads(path.read_text(encoding="utf-8"))
-        found = exported.get("paths") if isinstance(exported, dict) else found
-    rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
-    return rows if len(rows) > 1 else []
+    for found in (exported.get("paths") if isinstance(exported, dict) else None, told.start.get("paths")):
+        if isinstance(found, list) and len(found) > 1 and all(isinstance(row, dict) for row in found):
+            return found
+    return []
 
 
 def _read_config(path: Path) -> dict[str, Any]:
