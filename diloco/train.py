@@ -183,7 +183,9 @@ class _Session:
         for note in self._notes:
             writer.write({"event": "warning", "round": self._view.round, "message": note})
         defaults = configuration.defaults_of_changed(self._config)
-        writer.write({"event": "start", "round": self._view.round, **self._environment, "defaults": defaults})
+        paths = summary.told_at_start(self._view.paths, self._corpus.describe())
+        begun = {"event": "start", "round": self._view.round, **self._environment, "defaults": defaults, **paths}
+        writer.write(begun)
         stop: Stop | None = None
         counters, start_s = self._view.counters, time.monotonic()
         event: Event = Started(now_s=self._backend.now_s())
@@ -260,6 +262,7 @@ class _Session:
             "parameters": None if final is None else final.parameters,
             "trainable_parameters": self._parameters,
             **summary.outcome(view.counters, islands=config.islands, parameters=self._parameters, wall_s=wall_s),
+            **summary.routed(view.counters, paths=len(view.paths), beside=config.metrics.beside),
             **summary.digests(final),
             **({"best_rounds": {path: best.round for path, best in view.best.items()}} if view.best else {}),
             "data_sha256": self._corpus.sha256,

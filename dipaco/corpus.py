@@ -14,34 +14,39 @@ from dipaco import shards as sharding
 from dipaco.documents import Pieces
 from dipaco.routing import Settings, Table, routed
 from dipaco.saved import Integers
+from dipaco.specialities import specialities
 
 
 @final
 class RoutedCorpus:
     """A TokenCorpus whose shards are given by a router, and the paths of its documents."""
 
-    def __init__(self, whole: TokenCorpus, settings: Settings, *, shards: int, parameters: int) -> None:
+    def __init__(
+        self, whole: TokenCorpus, settings: Settings, *, shards: int, parameters: int, trust_remote_code: bool = False
+    ) -> None:
         """Route the documents of `whole` (once; then from the cache). Source s reads path s % paths.
 
-        `parameters`: of one path's model, for a warning; 0 = unknown. Raises ValueError where a shard is empty,
-        smaller than a sequence, or the paths do not divide `shards`.
+        `parameters`: of one path's model, for a warning; 0 = unknown. `trust_remote_code`: of the tokenizer. Raises
+        ValueError where a shard is empty, smaller than a sequence, or the paths do not divide `shards`.
         """
         self.settings = settings
         self.warnings: list[str] = []  # what is doubtful about the shards, and what to do
         self.table: Table | None = None  # none with one path, which all documents belong to
         self.tokens = whole  # what the sources read
-        self._whole = whole
+        self._trust_remote_code = trust_remote_code
+        self._own: list[Integers] = []  # by path: the documents that it trains on
         sharding.check_divides(settings.paths, shards)
         if settings.paths == 1:
             return
         folder, length = whole.folder, whole.data.sequence_length
         self.table = routed(folder, settings)
         sizes = np.diff(folder.offsets)
-        own = [np.flatnonzero((self.table.trains == path).any(axis=1)) for path in range(settings.paths)]
-        tokens = [int(sizes[documents].sum()) for documents in own]
+        trains = self.table.trains
+        self._own = [np.flatnonzero((trains == path).any(axis=1)) for path in range(settings.paths)]
+        tokens = [int(sizes[documents].sum()) for documents in self._own]
         self.warnings = sharding.check_shards(tokens, needed=length + 1)
         self.warnings += sharding.few_tokens(tokens, parameters=parameters)
-        assignment = sharding.deal_replicas(own, sizes, shards)
+        assignment = sharding.deal_replicas(self._own, sizes, shards)
         self.tokens = TokenCorpus(whole.data, seed=settings.seed, shards=shards, assignment=assignment)
 
     @property
@@ -98,22 +103,45 @@ class RoutedCorpus:
         return Pieces(self.tokens.folder, documents, length=length, prefix=self.settings.prefix_tokens)
 
     def describe(self) -> dict[str, object]:
-        """JSON values for the run's record: those of the tokens, and loads, purity and warnings of the routing."""
+        """JSON values for the run's record: those of the tokens, and what the router sends where.
+
+        `training` and `validation` have documents and loads (shares of the tokens) by path, purity and concentration
+        of the router; in training a document counts for each path that trains on it. `by_path`: see `specialities`.
+        """
         found = self.tokens.describe()
         if self.table is None:
             return found
-        folder, paths = self.tokens.folder, self.settings.paths
-        sizes = np.diff(folder.offsets)
-        routing: dict[str, object] = {"router": self.settings.router.value, "warnings": self.warnings}
-        for name, documents in (
-            ("training", np.flatnonzero(self.table.trains[:, 0] >= 0)),
-            ("validation", np.flatnonzero(folder.held_out)),
-        ):
-            path, domains = self.table.path[documents], folder.domains[documents]
-            routing[name] = {
-                "documents": np.bincount(path, minlength=paths).tolist(),
-                "load": sharding.loads(path, paths, sizes[documents]).round(4).tolist(),  # shares of the tokens
-                "purity": round(sharding.purity(path, domains), 4),
-                "concentration": round(sharding.concentration(path, domains), 4),
-            }
+        folder = self.tokens.folder
+        training, validation = np.flatnonzero(self.table.trains[:, 0] >= 0), np.flatnonzero(folder.held_out)
+        routing = {
+            "router": self.settings.router.value,
+            "warnings": self.warnings,
+            "training": self._described(training, self.table.trains[training]),
+            "validation": self._described(validation, self.table.path[validation]),
+            "by_path": self._specialities,
+        }
         return {**found, "split": "routed", "router_documents": len(self.router_documents), "routing": routing}
+
+    def _described(self, documents: Integers, assignment: Integers) -> dict[str, object]:
+        """`assignment`: int64[documents(, n)]."""
+        assert self.table is not None
+        folder, paths = self.tokens.folder, self.settings.paths
+        path, domains = self.table.path[documents], folder.domains[documents]
+        loads = sharding.loads(assignment, paths, np.diff(folder.offsets)[documents])
+        return {
+            "documents": np.bincount(assignment.ravel(), minlength=paths).tolist(),
+            "load": loads.round(4).tolist(),
+            "purity": round(sharding.purity(path, domains), 4),
+            "concentration": round(sharding.concentration(path, domains), 4),
+        }
+
+    @cached_property
+    def _specialities(self) -> list[dict[str, object]]:
+        assert self.table is not None
+        return specialities(
+            self.tokens.folder,
+            self.table,
+            self._own,
+            seed=self.settings.seed,
+            trust_remote_code=self._trust_remote_code,
+        )

@@ -84,7 +84,8 @@ class RoutedLM(Workload):
             seed=seed,
         )
         whole = self._language().corpus(data, seed=seed, shards=shards if self.paths == 1 else 1)
-        return RoutedCorpus(whole, settings, shards=shards, parameters=self.num_parameters())
+        trust, parameters = self.trust_remote_code, self.num_parameters()
+        return RoutedCorpus(whole, settings, shards=shards, parameters=parameters, trust_remote_code=trust)
 
     def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
         return self._language().batch(_routed(corpus).tokens, shard, step)
@@ -136,7 +137,6 @@ class RoutedLM(Workload):
         """The router, for `dipaco.load`; true and random shards have none."""
         table = _routed(corpus).table
         if table is not None and table.routing is not None:
-            (folder / "router").mkdir()
             table.routing.save(folder / "router")
 
     def sample(self, model: nn.Module, corpus: Corpus, prompt: str, *, tokens: int, seed: int) -> str:

@@ -100,7 +100,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(sorted(DATA), DATA),
     "diloco.checkpoint": {"diloco.layout", "diloco.messages", "diloco.sharded", "diloco.workers"},
     "diloco.sharded": {"diloco.checkpoint", "diloco.messages", "diloco.workers"},
-    "diloco.metrics": {"diloco.display", "diloco.fleet", "diloco.formats", "diloco.messages"},
+    "diloco.beside": {"diloco.rundir"},
+    "diloco.metrics": {"diloco.beside", "diloco.display", "diloco.fleet", "diloco.formats", "diloco.messages"},
     "diloco.display": {"diloco.fleet", "diloco.formats"},
     "diloco.fleet": {"diloco.formats"},
     "diloco.formats": set(),
@@ -117,7 +118,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         ),
     },
     "diloco.interrupts": {"diloco.runtime.base"},
-    "diloco.summary": {"diloco.runtime.base", "diloco.counters", "diloco.messages"},
+    "diloco.summary": {"diloco.beside", "diloco.runtime.base", "diloco.counters", "diloco.messages"},
     "diloco.plan": {"diloco.messages"},
     "diloco.planner": {
         "diloco.codec",
@@ -153,7 +154,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dipaco.shards": {"dipaco.router", "dipaco.saved"},
     "dipaco.documents": {"dipaco.saved", "diloco.tokens", "diloco.workloads.causal_lm"},
     "dipaco.routing": {"dipaco.features", "dipaco.router", "dipaco.saved", "dipaco.shards", *DATA},
-    "dipaco.corpus": {"dipaco.documents", "dipaco.routing", "dipaco.saved", "dipaco.shards", *DATA},
+    "dipaco.specialities": {"dipaco.features", "dipaco.routing", "dipaco.saved", *DATA},
+    "dipaco.corpus": {
+        "dipaco.documents",
+        "dipaco.routing",
+        "dipaco.saved",
+        "dipaco.shards",
+        "dipaco.specialities",
+        *DATA,
+    },
     "dipaco.workload": {
         "diloco.messages",
         "diloco.workload",
@@ -206,7 +215,9 @@ LIBRARIES = (
     ),
     Library("torchft", ("experiments.benchmarks.peers",), inside_functions=True),
     Library(
-        "transformers", ("diloco.workloads.*", *sorted(DATA), "dipaco.features", "dipaco.loaded"), inside_functions=True
+        "transformers",
+        ("diloco.workloads.*", *sorted(DATA), "dipaco.features", "dipaco.loaded", "dipaco.specialities"),
+        inside_functions=True,
     ),
     Library("sklearn", ("dipaco.features", "dipaco.router"), inside_functions=True),
     Library("scipy", ("dipaco.features",), inside_functions=True),
