@@ -136,7 +136,7 @@ class RoutedLM(Workload):
         """The router, for `dipaco.load`; true and random shards have none."""
         table = _routed(corpus).table
         if table is not None and table.routing is not None:
-            (folder / "router").mkdir()
+            (folder / "router").mkdir(exist_ok=True)  # of a run that goes on
             table.routing.save(folder / "router")
 
     def sample(self, model: nn.Module, corpus: Corpus, prompt: str, *, tokens: int, seed: int) -> str:
