@@ -102,7 +102,7 @@ def test_another_is_fitted_for_other_settings_or_weights(
 ) -> None:
     fits = counted_fits(monkeypatch)
     copied = shutil.copytree(run.directory, tmp_path / "run")
-    token_router(Finished(copied), steps=5)
+    token_router(Finished(copied), steps=5, look_ahead=16)
     assert not fits
     token_router(Finished(copied), documents=3, steps=2)
     token_router(Finished(copied), documents=3)
