@@ -177,7 +177,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dipaco.config": {"diloco.config", "dipaco.*"},
     "dipaco.paths": {"diloco.layout", "diloco.messages"},
     "dipaco.schedule": {"diloco.folding", "diloco.messages", "diloco.progress", "diloco.schedule", "diloco.views"},
-    "dipaco.loaded": {"diloco.workloads.causal_lm", "dipaco.routing"},
+    "dipaco.token_router": {
+        *("diloco.workloads.causal_lm", "diloco.workloads.sampling", "dipaco.features", "dipaco.saved"),
+    },
+    "dipaco.finished": {
+        *("diloco.config", "diloco.workloads.causal_lm", "dipaco.corpus", "dipaco.documents", "dipaco.saved"),
+        *("dipaco.token_router", "dipaco.workload"),
+    },
+    "dipaco.evaluate": {
+        *("dipaco.documents", "dipaco.finished", "dipaco.saved", "dipaco.shards", "dipaco.token_router"),
+    },
+    "dipaco.loaded": {
+        *("diloco.workloads.causal_lm", "diloco.workloads.sampling", "dipaco.routing", "dipaco.saved"),
+        "dipaco.token_router",
+    },
     "dipaco": {"dipaco.config", "dipaco.loaded"},
     "experiments*": {"diloco*", "dipaco*", "experiments*"},
 }
@@ -216,7 +229,10 @@ LIBRARIES = (
     Library("torchft", ("experiments.benchmarks.peers",), inside_functions=True),
     Library(
         "transformers",
-        ("diloco.workloads.*", *sorted(DATA), "dipaco.features", "dipaco.loaded", "dipaco.specialities"),
+        (
+            *("diloco.workloads.*", *sorted(DATA)),
+            *("dipaco.features", "dipaco.finished", "dipaco.loaded", "dipaco.specialities", "dipaco.token_router"),
+        ),
         inside_functions=True,
     ),
     Library("sklearn", ("dipaco.features", "dipaco.router"), inside_functions=True),
