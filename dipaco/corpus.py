@@ -47,6 +47,7 @@ class RoutedCorpus:
         self.warnings = sharding.check_shards(tokens, needed=length + 1)
         self.warnings += sharding.few_tokens(tokens, parameters=parameters)
         assignment = sharding.deal_replicas(self._own, sizes, shards)
+        _ = self.stop_pieces  # raises where a path has none
         self.tokens = TokenCorpus(whole.data, seed=settings.seed, shards=shards, assignment=assignment)
 
     @property
@@ -96,6 +97,26 @@ class RoutedCorpus:
             )
         pieces.thin(self.tokens.data.eval_sequences)
         return pieces
+
+    @cached_property
+    def stop_pieces(self) -> list[Pieces]:
+        """For early stopping: of each path, at most data.eval_sequences pieces that it does not train on.
+
+        Raises ValueError where a path has none.
+        """
+        if self.table is None or not self.settings.stop_fraction:
+            return []
+        found = []
+        for path in range(self.settings.paths):
+            pieces = self.pieces(np.flatnonzero(self.table.for_stop & (self.table.path == path)))
+            if len(pieces) == 0:
+                raise ValueError(
+                    f"workload.stop_fraction={self.settings.stop_fraction} leaves path {path} no document to stop"
+                    " early by: use more, or 0 for no early stopping"
+                )
+            pieces.thin(self.tokens.data.eval_sequences)
+            found.append(pieces)
+        return found
 
     def pieces(self, documents: Integers) -> Pieces:
         """Documents cut into sequences, their prefixes not counted."""
