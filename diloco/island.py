@@ -236,6 +236,7 @@ class Island:
 
     def write_model(self, folder: Path) -> None:
         """Export the installed model, as the workload does it."""
+        folder.mkdir(parents=True, exist_ok=True)
         self._workload.export(self._replica.model, self._corpus, folder)
 
     def sample(self, prompt: str) -> str:

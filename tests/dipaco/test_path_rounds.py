@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def read_values_by_module(folder: Path) -> dict[str, torch.Tensor]:
     for path in sorted((folder / "modules").rglob("*.safetensors")):
         for name, value in load_file(path).items():
             if name.startswith("values/"):
-                found[f"{path.relative_to(folder / 'modules')}:{name.removeprefix('values/')}"] = value
+                module = re.sub(r"\.part\d+", "", str(path.relative_to(folder / "modules")))  # as the shards want it
+                found[f"{module}:{name.removeprefix('values/')}"] = value
     return found
 
 
