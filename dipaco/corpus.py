@@ -24,7 +24,7 @@ class RoutedCorpus:
         """Route the documents of `whole` (once; then from the cache). Source s reads path s % paths.
 
         `parameters`: of one path's model, for a warning; 0 = unknown. Raises ValueError where a shard is empty,
-        smaller than a sequence, or the paths do not divide `shards`.
+        smaller than a sequence, the paths do not divide `shards`, or validation documents are all prefix.
         """
         self.settings = settings
         self.warnings: list[str] = []  # what is doubtful about the shards, and what to do
@@ -32,14 +32,16 @@ class RoutedCorpus:
         self.tokens = whole  # what the sources read
         self._whole = whole
         sharding.check_divides(settings.paths, shards)
-        if settings.paths == 1:
-            return
         folder, length = whole.folder, whole.data.sequence_length
-        self.table = routed(folder, settings)
         sizes = np.diff(folder.offsets)
+        prefixes = sharding.check_prefixes(sizes[folder.held_out], prefix_tokens=settings.prefix_tokens)
+        if settings.paths == 1:
+            self.warnings = prefixes
+            return
+        self.table = routed(folder, settings)
         own = [np.flatnonzero((self.table.trains == path).any(axis=1)) for path in range(settings.paths)]
         tokens = [int(sizes[documents].sum()) for documents in own]
-        self.warnings = sharding.check_shards(tokens, needed=length + 1)
+        self.warnings = prefixes + sharding.check_shards(tokens, needed=length + 1, balance=settings.balance)
         self.warnings += sharding.few_tokens(tokens, parameters=parameters)
         assignment = sharding.deal_replicas(own, sizes, shards)
         self.tokens = TokenCorpus(whole.data, seed=settings.seed, shards=shards, assignment=assignment)
@@ -84,11 +86,6 @@ class RoutedCorpus:
     def validation(self) -> Pieces:
         """At most data.eval_sequences pieces of validation documents: the same for every number of paths."""
         pieces = self.pieces(np.flatnonzero(self.tokens.folder.held_out))
-        if len(pieces) == 0:
-            raise ValueError(
-                f"no validation document has more than workload.prefix_tokens={self.settings.prefix_tokens} tokens, "
-                "which are not evaluated: use a shorter prefix, longer documents, or a larger data.validation_fraction"
-            )
         pieces.thin(self.tokens.data.eval_sequences)
         return pieces
 

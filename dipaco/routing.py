@@ -28,7 +28,7 @@ Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 FIT_DOCUMENTS = 20_000  # at most so many, at random, fit features and router
 READ_DOCUMENTS = 5_000  # instead, where a base model reads them: on a CPU that takes minutes
 AT_ONCE = 8_192  # documents whose features are computed together
-FORMAT = 1  # of cached routings
+FORMAT = 2  # of cached routings
 
 
 class RouterKind(Enum):
