@@ -187,20 +187,22 @@ class Island:
         given = {self._modules.slot_of(snapshot.module): snapshot.version for snapshot in snapshots}
         self._anchors.install(self._modules, snapshots, given if versions is None else versions, keep)
 
-    def export(self, source: SourceId) -> State:
-        """Copies of all that belongs to `source`: optimizer state, local weights, anchors, the workload's own."""
+    def export(self, source: SourceId, *, sheds: bool = False) -> State:
+        """Copies of all that belongs to `source`: optimizer state, local weights, anchors, the workload's own.
+
+        `sheds`: without weights and anchors, for a source that installs all of them anew.
+        """
         assert source == self._source or self._source is None
-        parameters = self._replica.parameters()
+        parameters, anchors = ({}, {}) if sheds else (self._replica.parameters(), self._anchors.values)
         tensors = {f"local/{name}": value.detach().cpu().clone() for name, value in parameters.items()}
-        anchors = {name: self._replica.whole(name, part.clone()) for name, part in self._anchors.values.items()}
-        tensors |= {f"anchor/{name}": value for name, value in anchors.items()}
+        tensors |= {f"anchor/{name}": self._replica.whole(name, part.clone()) for name, part in anchors.items()}
         extra = self._workload.state()
         tensors |= {f"workload/{name}": value.cpu().clone() for name, value in extra.tensors.items()}
         tensors |= self._feedback.state()
         moments, scalars = inners.state_of(self._optimizers)
         tensors |= {f"inner/{name}": value for name, value in moments.items()}
         meta = {
-            "versions": dict(self._anchors.versions),
+            "versions": {} if sheds else dict(self._anchors.versions),
             "scalars": scalars,
             "fresh_since": self._fresh_since,
             "workload": extra.meta,

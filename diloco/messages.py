@@ -88,6 +88,7 @@ class Task:
     attempt: int = 0  # how often the source's work was given out anew; a later one replaces an earlier one
     evaluate: str | None = None  # a split to evaluate after installing
     save: bool = False  # export the source's state after the last step, for a checkpoint
+    sheds: bool = False  # which leaves weights out, since the source's next task installs all of them anew
     settled: tuple[Settled, ...] = ()  # what became of this source's last contributions, for error feedback
 
     @property

@@ -156,4 +156,5 @@ def hand_over(source: SourceView, island: IslandView) -> bool:
 
 def note(task: Task, source: SourceView, island: IslandView) -> None:
     """A task was given out: what its island holds then, and whether it may go on without the source."""
-    source.held, source.loose, source.saving = dict(island.holds), task.save, task.save
+    source.held = {} if task.sheds else dict(island.holds)
+    source.loose = source.saving = task.save

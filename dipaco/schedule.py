@@ -55,7 +55,9 @@ class PathRounds(Schedule):
             return task
         ends = task.round * run.inner_steps + run.sources[task.source].done + task.steps
         waits = (ends - self.lag) % (run.inner_steps // len(run.fragments)) == 0
-        return replace(task, save=(waits or task.last) and len(run.sources) > len(run.islands))
+        save = (waits or task.last) and len(run.sources) > len(run.islands)
+        anew = task.last and len(run.fragments) == 1 and self.lag == 0 and self.keep == 0
+        return replace(task, save=save, sheds=save and anew)
 
     def commits(self, run: RunView, touched: Sequence[ModuleKey], now_s: float) -> list[Commit]:
         """For each module that all paths through it were heard of, in order of path."""

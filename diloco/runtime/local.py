@@ -244,7 +244,7 @@ class LocalBackend(Backend):
         if task.send:
             self._sent[task.turn] = contributions
         if task.save:
-            self._frozen[task.source, task.round] = self._islands[task.island].export(task.source)
+            self._frozen[task.source, task.round] = self._islands[task.island].export(task.source, sheds=task.sheds)
         speed = self._seconds_per_step[task.island]
         free_s = self._free_at_s.get(task.island, 0.0)
         there_s = self._down[task.island].through_s(self._clock_s, report.bytes_down) + self._latency_s

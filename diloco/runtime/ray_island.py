@@ -83,7 +83,7 @@ class RayIsland:
             answers.append(worker.run.remote(task, *given))
             contributions = [worker.contribute.remote(task, slots) for slots in groups]
             if task.save and self._moving and rank == 0:
-                self._keeping[task.source] = worker.keep.remote(task.source)
+                self._keeping[task.source] = worker.keep.remote(task)
             answers.append(worker.report.remote(task))
         return answers, contributions
 

@@ -76,17 +76,18 @@ def alone(layout: Layout, model: str) -> dict[str, float]:
             island.load(source, kept.pop(source))
         snapshots = island.initial(list(modules.paths[source].values()))
         island.run(_task(source, round_, modules), snapshots)
-        kept = {source: island.export(source)}  # of one source, which here is the island's own
+        kept = {source: island.export(source, sheds=True)}  # of one source, which here is the island's own
     del snapshots
     gc.collect()
     parts = Counter[str]()
-    for name, value in kept[source].tensors.items():
+    uss_bytes = common.uss_bytes(os.getpid())
+    for name, value in island.export(source).tensors.items():
         parts[PARTS[name.partition("/")[0]]] += value.nbytes
     return {
         **parts,
-        "kept of a source": sum(parts.values()),
+        "kept of a source": sum(value.nbytes for value in kept[source].tensors.values()),
         "island's tensors": tensor_bytes(island),
-        "process USS": common.uss_bytes(os.getpid()),
+        "process USS": uss_bytes,
     }
 
 

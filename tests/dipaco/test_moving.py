@@ -109,6 +109,22 @@ def test_what_is_kept_goes_along() -> None:
     assert all(set(c.wants) == set(c.task.modules.values()) for c in first[2:])  # each has stepped since
 
 
+@pytest.mark.parametrize(("lag", "fragments", "keep"), [(0, 1, 0.0), (2, 1, 0.0), (0, 2, 0.0), (0, 1, 0.5)])
+def test_weights_are_left_behind_where_all_are_installed_anew(lag: int, fragments: int, keep: float) -> None:
+    """At a round's end; the next task then installs every slot, and nothing of it is held."""
+    layout = Paths(levels=[2], fragments=fragments)
+    runtime = begun(1, PathRounds(lag=lag, keep=keep, replicas=1), layout)
+    runtime.go()
+    left = [task for task in runtime.tasks() if task.sheds]
+    assert bool(left) == (lag == 0 and fragments == 1 and keep == 0)
+    assert all(task.save and task.last for task in left)
+    taken = {(c.task.source, c.task.round): c for c in runtime.said if isinstance(c, Run) and c.take_up}
+    for task in left:
+        following = taken.get((task.source, task.round + 1))  # the island may also go on with it, which lacks nothing
+        assert following is None or following.wants == dict.fromkeys(task.modules.values())
+    assert len(taken) >= 2
+
+
 def test_spare_islands_take_over() -> None:
     runtime = begun(3, PathRounds(replicas=1), Paths(levels=[2], private=["."]))
     assert {task.island for task in runtime.tasks()} == {0, 1}

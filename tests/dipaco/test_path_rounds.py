@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from diloco.checkpoint import read_values
+from diloco.checkpoint import read_source, read_values
 from diloco.config import register
 from diloco.inner import AdamW, Sgd
 from diloco.layout import Whole
 from diloco.merge import Mean, MeanBy
+from diloco.messages import SourceId
 from diloco.outer import Nesterov
 from diloco.runtime.base import Store
 from diloco.runtime.local import Local
@@ -171,6 +172,16 @@ def test_waves_on_fewer_islands_give_the_same_bits(tmp_path: Path, islands: int,
     assert values(found.directory).keys() == values(expected.directory).keys()
     for key, value in values(expected.directory).items():
         assert torch.equal(values(found.directory)[key], value)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_what_is_kept_of_a_path_that_waits(tmp_path: Path, lag: int) -> None:
+    """Moments alone, where it will install all weights anew; the island's present path has everything."""
+    run = launch(tmp_path, **DEEP, layout=GRID, islands=1, schedule=PathRounds(lag=lag, replicas=1))
+    states = [read_source(run.summary["checkpoint"], SourceId(source)) for source in range(4)]
+    parts = [{name.partition("/")[0] for name in state.tensors} for state in states if state is not None]
+    assert sorted(map(len, parts)) == ([1, 1, 1, 3] if lag == 0 else [3, 3, 3, 3])
+    assert all(found in ({"inner"}, {"inner", "local", "anchor"}) for found in parts)
 
 
 def test_a_path_goes_on_when_its_own_modules_have_stepped(tmp_path: Path) -> None:
