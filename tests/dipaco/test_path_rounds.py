@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,20 @@ def test_waves_on_fewer_islands_give_the_same_bits(tmp_path: Path, islands: int,
     assert values(found.directory).keys() == values(expected.directory).keys()
     for key, value in values(expected.directory).items():
         assert torch.equal(values(found.directory)[key], value)
+
+
+@pytest.mark.parametrize(("lag", "fragments"), [(1, 1), (5, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("layout", [GRID, Paths(levels=[4], private=["."])])
+@pytest.mark.parametrize("speeds", [[1.0, 1.0], [1.0, 7.0]])
+def test_waves_with_two_tasks_of_a_path_that_save_it(
+    tmp_path: Path, layout: Paths, lag: int, fragments: int, speeds: list[float]
+) -> None:
+    """Rounds are not cut: one sends, and the next ends where the path may have to wait; both are under way at once."""
+    settings: dict[str, Any] = {**DEEP, "layout": replace(layout, fragments=fragments), "segment_steps": 0}
+    schedule = PathRounds(lag=lag, replicas=1)
+    expected = launch(tmp_path / "expected", **settings, islands=4, schedule=schedule)
+    found = launch(tmp_path / "found", **settings, islands=2, schedule=schedule, runtime=Local(seconds_per_step=speeds))
+    assert digests(found) == digests(expected)
 
 
 @pytest.mark.parametrize("lag", [0, 1])
