@@ -103,6 +103,14 @@ class RunConfig:
                 f"islands={self.islands} are fewer than the layout's {paths} paths, of which each island trains one;"
                 f" use schedule=path_rounds, where they take turns, or islands={paths}"
             )
+        if paths > 1 and self.schedule.free and not self.schedule.moving:
+            raise ValueError(
+                f"schedule={choice_of('schedule', self.schedule)} takes data from a pool for all islands, and each of"
+                f" the layout's {paths} paths has data of its own: use schedule=path_rounds, or a layout of one path"
+            )
+        self.workload.for_paths(paths)  # raises where it cannot be, as the next does
+        if self.workload.num_blocks():
+            self.layout.check_depth(self.workload.num_blocks())
         if self.schedule.moving and self.replica is ReplicaKind.fsdp2:
             raise ValueError(
                 "replica=fsdp2: what belongs to a path is spread over its workers, and paths move; use ddp"
@@ -118,6 +126,16 @@ class RunConfig:
                 f"workers={self.workers} has {len(given)} numbers for islands={self.islands}; give one each"
             )
         return tuple(given)
+
+    def notes(self) -> list[str]:
+        """What may not be meant."""
+        paths = self.layout.num_paths()
+        if paths == 1 or self.schedule.moving:
+            return []
+        return [
+            f"schedule={choice_of('schedule', self.schedule)} keeps each of the {paths} paths on islands of its own,"
+            " and the steps of shared modules as short as they come out: for DiPaCo choose schedule=path_rounds"
+        ]
 
     def num_sources(self) -> int:
         """How many contribute: as many as islands, or as the layout has paths for."""

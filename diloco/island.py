@@ -104,8 +104,7 @@ class Island:
     def run(self, task: Task, snapshots: Sequence[Snapshot]) -> tuple[Report, list[Contribution]]:
         """Do one task: the inner loop of DiLoCo (arXiv:2311.08105, Alg. 1 lines 3-9)."""
         report = self.train(task, snapshots)
-        made = [self.contribution(task, slot) for slot in task.send]  # line 9
-        contributions = [contribution for contribution in made if contribution is not None]
+        contributions = [c for slot in task.send if (c := self.contribution(task, slot)) is not None]  # line 9
         return replace(report, bytes_up=sum(c.payload.nbytes for c in contributions)), contributions
 
     def train(self, task: Task, snapshots: Sequence[Snapshot]) -> Report:
@@ -140,9 +139,7 @@ class Island:
         if task.evaluate is not None:
             found = self._workload.evaluate(self._replica.model, self._corpus, task.evaluate)
             if "loss" not in found:
-                raise ValueError(
-                    f"{type(self._workload).__name__}.evaluate gave {sorted(found)}; it must give 'loss' too"
-                )
+                raise ValueError(f"{type(self._workload).__name__}.evaluate gave {sorted(found)}, and not 'loss'")
             metrics |= {f"eval/{name}": value for name, value in found.items()}
             if task.keep_best is not None and found["stop_loss"] < task.keep_best.below:
                 stopping.write(Path(task.keep_best.folder), self.write_model)
@@ -190,20 +187,22 @@ class Island:
         given = {self._modules.slot_of(snapshot.module): snapshot.version for snapshot in snapshots}
         self._anchors.install(self._modules, snapshots, given if versions is None else versions, keep)
 
-    def export(self, source: SourceId) -> State:
-        """Copies of all that belongs to `source`: optimizer state, local weights, anchors, the workload's own."""
+    def export(self, source: SourceId, *, sheds: bool = False) -> State:
+        """Copies of all that belongs to `source`: optimizer state, local weights, anchors, the workload's own.
+
+        `sheds`: without weights and anchors, for a source that installs all of them anew.
+        """
         assert source == self._source or self._source is None
-        parameters = self._replica.parameters()
+        parameters, anchors = ({}, {}) if sheds else (self._replica.parameters(), self._anchors.values)
         tensors = {f"local/{name}": value.detach().cpu().clone() for name, value in parameters.items()}
-        anchors = {name: self._replica.whole(name, part.clone()) for name, part in self._anchors.values.items()}
-        tensors |= {f"anchor/{name}": value for name, value in anchors.items()}
+        tensors |= {f"anchor/{name}": self._replica.whole(name, part.clone()) for name, part in anchors.items()}
         extra = self._workload.state()
         tensors |= {f"workload/{name}": value.cpu().clone() for name, value in extra.tensors.items()}
         tensors |= self._feedback.state()
         moments, scalars = inners.state_of(self._optimizers)
         tensors |= {f"inner/{name}": value for name, value in moments.items()}
         meta = {
-            "versions": dict(self._anchors.versions),
+            "versions": {} if sheds else dict(self._anchors.versions),
             "scalars": scalars,
             "fresh_since": self._fresh_since,
             "workload": extra.meta,
@@ -239,6 +238,7 @@ class Island:
 
     def write_model(self, folder: Path) -> None:
         """Export the installed model, as the workload does it."""
+        folder.mkdir(parents=True, exist_ok=True)
         self._workload.export(self._replica.model, self._corpus, folder)
 
     def sample(self, prompt: str) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from diloco.messages import ModuleKey, Modules, Shape, SlotName
+from diloco.placing import balanced, elements, place
 
 
 @dataclass(kw_only=True)
@@ -23,6 +24,10 @@ class Layout(ABC):
     def num_paths(self) -> int:
         """How many paths there will be, by the settings alone."""
         return 1
+
+    def check_depth(self, blocks: int) -> None:
+        """Raise ValueError where a model of so many blocks cannot be cut so; `build` says the same, but later."""
+        return None
 
     @abstractmethod
     def build(self, parameters: Mapping[str, Shape], shards: int) -> Modules:
@@ -55,7 +60,7 @@ class Whole(Layout):
         if self.patterns:
             names = split(parameters, {f"slot{i}": pattern for i, pattern in enumerate(self.patterns)})
         else:
-            names = _balanced(parameters, shards, block_of if self.keep_blocks else str)
+            names = balanced(parameters, shards, block_of if self.keep_blocks else str)
         return single_path(names, parameters, shards)
 
 
@@ -105,9 +110,9 @@ class Fragments(Layout):
         loads = [0] * shards
         for fragment, names in groups.items():
             own = {name: parameters[name] for name in names}
-            parts = list(_balanced(own, shards, block_of if self.keep_blocks else str).values())
+            parts = list(balanced(own, shards, block_of if self.keep_blocks else str).values())
             named = {fragment if len(parts) == 1 else f"{fragment}.part{i}": part for i, part in enumerate(parts)}
-            sizes = {slot: _elements(part, parameters) for slot, part in named.items()}
+            sizes = {slot: elements(part, parameters) for slot, part in named.items()}
             free = sorted(range(shards), key=loads.__getitem__)  # no two parts of a fragment on one shard
             for slot, shard in zip(sorted(sizes, key=lambda slot: -sizes[slot]), free, strict=False):
                 placed[ModuleKey(f"{slot}/0")] = shard
@@ -126,7 +131,7 @@ class Fragments(Layout):
         if self.cut is Cut.balanced:
             if self.count > len(parameters):
                 raise ValueError(f"layout.count={self.count} is more than the model's {len(parameters)} parameters")
-            groups = _balanced(parameters, self.count, block_of if self.keep_blocks else str)
+            groups = balanced(parameters, self.count, block_of if self.keep_blocks else str)
             return {f"balanced.{i}": names for i, names in enumerate(groups.values())}
         return fragments(
             parameters,
@@ -144,7 +149,7 @@ def single_path(slots: Mapping[str, Sequence[str]], parameters: Mapping[str, Sha
     """
     check_partition(slots, parameters)
     path = {SlotName(slot): ModuleKey(f"{slot}/0") for slot in slots}
-    sizes = {path[SlotName(slot)]: _elements(names, parameters) for slot, names in slots.items()}
+    sizes = {path[SlotName(slot)]: elements(names, parameters) for slot, names in slots.items()}
     return Modules(
         slots={SlotName(slot): tuple(names) for slot, names in slots.items()},
         paths=(path,),
@@ -221,7 +226,7 @@ def _spread(
     """`slots` with these parameters added, the largest first, each to the smallest."""
     found = {slot: list(own) for slot, own in slots.items()}
     for name in sorted(names, key=lambda name: -math.prod(parameters[name])):
-        smallest = min(found, key=lambda slot: _elements(found[slot], parameters))
+        smallest = min(found, key=lambda slot: elements(found[slot], parameters))
         found[smallest].append(name)
     order = {name: i for i, name in enumerate(parameters)}
     return {slot: sorted(own, key=order.__getitem__) for slot, own in found.items()}
@@ -265,34 +270,6 @@ def check_partition(slots: Mapping[str, Sequence[str]], parameters: Mapping[str,
         raise ValueError(f"no slot takes {_some(missing)}; every trainable parameter must be in exactly one slot")
     if twice:
         raise ValueError(f"more than one slot takes {_some(twice)}; every parameter must be in exactly one slot")
-
-
-def place(sizes: Mapping[ModuleKey, int], shards: int) -> dict[ModuleKey, int]:
-    """Which shard holds each module: the largest first, each to the least loaded."""
-    loads = [0] * shards
-    placed: dict[ModuleKey, int] = {}
-    for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
-        shard = loads.index(min(loads))
-        loads[shard] += sizes[key]
-        placed[key] = shard
-    return {key: placed[key] for key in sizes}
-
-
-def _balanced(parameters: Mapping[str, Shape], num_slots: int, unit_of: Callable[[str], str]) -> dict[str, list[str]]:
-    """At most `num_slots` slots of about the same size; what has the same unit stays together."""
-    sizes: dict[ModuleKey, int] = {}
-    for name, shape in parameters.items():
-        unit = ModuleKey(unit_of(name))
-        sizes[unit] = sizes.get(unit, 0) + math.prod(shape)
-    slot_of = place(sizes, num_slots)
-    slots: dict[str, list[str]] = {f"whole.{i}": [] for i in range(num_slots)}
-    for name in parameters:
-        slots[f"whole.{slot_of[ModuleKey(unit_of(name))]}"].append(name)
-    return {slot: names for slot, names in slots.items() if names}
-
-
-def _elements(names: Sequence[str], parameters: Mapping[str, Shape]) -> int:
-    return sum(math.prod(parameters[name]) for name in names)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -97,6 +97,7 @@ class Task:
     evaluate: str | None = None  # a split to evaluate after installing
     keep_best: KeepBest | None = None  # where early stopping looks at the evaluation
     save: bool = False  # export the source's state after the last step, for a checkpoint
+    sheds: bool = False  # which leaves weights out, since the source's next task installs all of them anew
     settled: tuple[Settled, ...] = ()  # what became of this source's last contributions, for error feedback
 
     @property

@@ -42,7 +42,7 @@ class SourceView:
     island: IslandId | None = None  # where sources move: which one has it
     last: IslandId | None = None  # which one had it
     loose: bool = False  # its last task saves what belongs to it, so that its island may go on without it
-    saving: bool = False  # which that task has not done yet
+    saving: int = 0  # tasks that are to save it and have not done so yet
     kept: bool = False  # what belongs to it was saved when a task of it ended, for the next island
     held: dict[ModuleKey, int] = field(default_factory=dict)  # the versions that its island had with its last task
     began: int = 0  # the first round that it takes part in
@@ -124,7 +124,7 @@ class SourceView:
     def lose(self) -> None:
         """Its island is gone, and what was not handed over will be given out again."""
         self.restart(self.work[0].start if self.work else self.position)
-        self.whole, self.saving = True, False
+        self.whole, self.saving = True, 0
         self.attempt += 1
 
     def restart(self, position: int) -> None:

@@ -130,8 +130,8 @@ class Bench:
 
     def saved(self, source: SourceView) -> bool:
         """What belongs to it was kept; whether it was only that which another island waited for."""
-        source.kept, source.saving = True, False
-        waited = source.source in self._unsaved
+        source.kept, source.saving = True, max(source.saving - 1, 0)
+        waited = source.source in self._unsaved and not source.saving
         if waited:
             self._unsaved.discard(source.source)
             self.sit(source)
@@ -172,4 +172,6 @@ def hand_over(source: SourceView, island: IslandView) -> bool:
 
 def note(task: Task, source: SourceView, island: IslandView) -> None:
     """A task was given out: what its island holds then, and whether it may go on without the source."""
-    source.held, source.loose, source.saving = dict(island.holds), task.save, task.save
+    source.held = {} if task.sheds else dict(island.holds)
+    source.loose = task.save
+    source.saving += task.save

@@ -124,7 +124,7 @@ class _Session:
         self._backend, self._view, self._modules, self._shapes = backend, view, modules, shapes
         self._corpus = corpus
         self._root = resume.checkpoint_root(self._config, self._directory)
-        self._notes = [*start.notes, *start.config.workload.warnings(corpus)]
+        self._notes = [*start.notes, *start.config.notes(), *start.config.workload.warnings(corpus)]
         self._parameters = sum(math.prod(shape) for shape in shapes.values())
         self._environment = rundir.environment()
         view.best_folder = str(self._directory.absolute() / "best") if self._config.workload.stops_early() else ""

@@ -100,6 +100,10 @@ class Workload(ABC):
         """About how many the model has, where that is cheap to tell: memory is set aside by it. 0 = unknown."""
         return 0
 
+    def num_blocks(self) -> int:
+        """How many blocks the model has, where that is cheap to tell: layouts are checked by it. 0 = unknown."""
+        return 0
+
     def sample(self, model: nn.Module, corpus: Corpus, prompt: str, *, tokens: int, seed: int) -> str:
         """`prompt` and what the model writes after it; an empty one is chosen here. Empty where there is no text."""
         return ""

@@ -27,7 +27,8 @@ class RoutedCorpus:
         """Route the documents of `whole` (once; then from the cache). Source s reads path s % paths.
 
         `parameters`: of one path's model, for a warning; 0 = unknown. `trust_remote_code`: of the tokenizer. Raises
-        ValueError where a shard is empty, smaller than a sequence, or the paths do not divide `shards`.
+        ValueError where a shard is empty, smaller than a sequence, the paths do not divide `shards`, or validation
+        documents are all prefix.
         """
         self.settings = settings
         self.warnings: list[str] = []  # what is doubtful about the shards, and what to do
@@ -36,15 +37,17 @@ class RoutedCorpus:
         self._trust_remote_code = trust_remote_code
         self._own: list[Integers] = []  # by path: the documents that it trains on
         sharding.check_divides(settings.paths, shards)
-        if settings.paths == 1:
-            return
         folder, length = whole.folder, whole.data.sequence_length
-        self.table = routed(folder, settings)
         sizes = np.diff(folder.offsets)
+        prefixes = sharding.check_prefixes(sizes[folder.held_out], prefix_tokens=settings.prefix_tokens)
+        if settings.paths == 1:
+            self.warnings = prefixes
+            return
+        self.table = routed(folder, settings)
         trains = self.table.trains
         self._own = [np.flatnonzero((trains == path).any(axis=1)) for path in range(settings.paths)]
         tokens = [int(sizes[documents].sum()) for documents in self._own]
-        self.warnings = sharding.check_shards(tokens, needed=length + 1)
+        self.warnings = prefixes + sharding.check_shards(tokens, needed=length + 1, balance=settings.balance)
         self.warnings += sharding.few_tokens(tokens, parameters=parameters)
         assignment = sharding.deal_replicas(self._own, sizes, shards)
         _ = self.stop_pieces  # raises where a path has none
@@ -90,11 +93,6 @@ class RoutedCorpus:
     def validation(self) -> Pieces:
         """At most data.eval_sequences pieces of validation documents: the same for every number of paths."""
         pieces = self.pieces(np.flatnonzero(self.tokens.folder.held_out))
-        if len(pieces) == 0:
-            raise ValueError(
-                f"no validation document has more than workload.prefix_tokens={self.settings.prefix_tokens} tokens, "
-                "which are not evaluated: use a shorter prefix, longer documents, or a larger data.validation_fraction"
-            )
         pieces.thin(self.tokens.data.eval_sequences)
         return pieces
 

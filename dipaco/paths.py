@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from diloco.layout import Layout, block_of, check_partition, place
+from diloco.layout import Layout, block_of, check_partition
 from diloco.messages import ModuleKey, Modules, Shape, SlotName
+from diloco.placing import balanced, elements, place
 
 SHARED, PRIVATE = "shared", "private"
 
@@ -60,18 +62,27 @@ class Paths(Layout):
         """By path: its module of each level."""
         return [tuple(row) for row in self.table] or list(itertools.product(*map(range, self.levels)))
 
+    def check_depth(self, blocks: int) -> None:
+        """At least one block for each level, and for each fragment."""
+        self._levels_of([str(block) for block in range(blocks)])
+
     def build(self, parameters: Mapping[str, Shape], shards: int) -> Modules:
-        """A slot for each level, for what is shared and what is private, and for each fragment of these."""
+        """A slot for each level, for what is shared and what is private, and for each fragment of these.
+
+        With many shards, several for a level, so that its modules are spread over all of them.
+        """
         fragment_of, kinds = self._cut(parameters)
         slots: dict[str, list[str]] = {}
         for name in parameters:
             kind, fragment = kinds[name], fragment_of[name]
             slots.setdefault(kind if self.fragments == 1 else f"{kind}.fragment{fragment}", []).append(name)
+        slots = self._spread(slots, parameters, shards)
         check_partition(slots, parameters)
         rows = self.rows()
         paths = tuple({SlotName(slot): _key(slot, path, row) for slot in slots} for path, row in enumerate(rows))
-        keys = dict.fromkeys(key for path in paths for key in path.values())
-        sizes = {slot: sum(math.prod(parameters[name]) for name in names) for slot, names in slots.items()}
+        sizes = {slot: elements(names, parameters) for slot, names in slots.items()}
+        # A module has to do with each path through it: by that, not by memory, are shards equally busy.
+        sent = Counter(key for path in paths for key in path.values())
         turns = [
             tuple(SlotName(slot) for slot, names in slots.items() if fragment_of[names[0]] == fragment)
             for fragment in range(self.fragments)
@@ -79,15 +90,27 @@ class Paths(Layout):
         return Modules(
             slots={SlotName(slot): tuple(names) for slot, names in slots.items()},
             paths=paths,
-            shards=place({key: sizes[key.rpartition("/")[0]] for key in keys}, shards),
+            shards=place({key: count * sizes[key.rpartition("/")[0]] for key, count in sent.items()}, shards),
             fragments=tuple(turns),
         )
+
+    def _spread(
+        self, slots: Mapping[str, list[str]], parameters: Mapping[str, Shape], shards: int
+    ) -> dict[str, list[str]]:
+        """Slots whose modules would have more to do than a shard's fair share, in parts of whole blocks."""
+        rows = self.rows()
+        fair = len(rows) * elements(parameters, parameters) / shards
+        found: dict[str, list[str]] = {}
+        for slot, names in slots.items():
+            paths = max(Counter(_key(slot, path, row) for path, row in enumerate(rows)).values())
+            wanted = math.ceil(paths * elements(names, parameters) / fair)
+            parts = list(balanced({name: parameters[name] for name in names}, wanted, block_of).values())
+            found |= {slot if len(parts) == 1 else f"{slot}.part{i}": part for i, part in enumerate(parts)}
+        return found
 
     def _cut(self, parameters: Mapping[str, Shape]) -> tuple[dict[str, int], dict[str, str]]:
         """Of each parameter: its fragment, and the kind of slot that it belongs to."""
         blocks = list(dict.fromkeys(block for block in map(block_of, parameters) if block))
-        if self.fragments > max(len(blocks), 1):
-            raise ValueError(f"layout.fragments={self.fragments} are more than the model's {len(blocks)} blocks")
         level_of = self._levels_of(blocks)
         patterns = [re.compile(pattern) for pattern in self.private]
         unused = [p.pattern for p in patterns if not any(p.search(name) for name in parameters)]
@@ -102,7 +125,10 @@ class Paths(Layout):
         return fragment_of, kinds
 
     def _levels_of(self, blocks: Sequence[str]) -> dict[str, str]:
+        """The level of each block."""
         count = len(self.levels)
+        if self.fragments > max(len(blocks), 1):
+            raise ValueError(f"layout.fragments={self.fragments} are more than the model's {len(blocks)} blocks")
         if len(blocks) < count or (self.first_blocks and self.first_blocks[-1] >= len(blocks)):
             first = f" and layout.first_blocks={self.first_blocks}" if self.first_blocks else ""
             raise ValueError(

@@ -55,7 +55,9 @@ class PathRounds(Schedule):
             return task
         ends = task.round * run.inner_steps + run.sources[task.source].done + task.steps
         waits = (ends - self.lag) % (run.inner_steps // len(run.fragments)) == 0
-        return replace(task, save=(waits or task.last) and len(run.sources) > len(run.islands))
+        save = (waits or task.last) and len(run.sources) > len(run.islands)
+        anew = task.last and len(run.fragments) == 1 and self.lag == 0 and self.keep == 0
+        return replace(task, save=save, sheds=save and anew)
 
     def commits(self, run: RunView, touched: Sequence[ModuleKey], now_s: float) -> list[Commit]:
         """For each module that all paths through it were heard of, in order of path."""
@@ -165,6 +167,7 @@ class PathFirstCome(Schedule):
         for (of_round, source), arrival in sorted(module.arrivals.items()):
             share = len(through) * arrival.examples / total if self.by_shard else 1.0
             root = math.sqrt(run.paths_through(key)) if self.rescale else 1.0
+            staleness = module.version - run.sources[source].held.get(key, module.version)  # this module's own
             steps.append(
                 Commit(
                     module=key,
@@ -172,7 +175,7 @@ class PathFirstCome(Schedule):
                     sources=(source,),
                     weights=(arrival.examples,),
                     rounds=(of_round,),
-                    scale=share * root * (1 + arrival.staleness) ** -self.damping,
+                    scale=share * root * (1 + staleness) ** -self.damping,
                 )
             )
         return steps

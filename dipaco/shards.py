@@ -13,6 +13,7 @@ from dipaco.saved import Doubles, Floats, Integers
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 TINY = 0.1  # of a fair share of the tokens: less is reported
+SHORT = 0.2  # of the validation documents: as many without a token after the prefix are reported
 FEW_TOKENS = 1.0  # tokens per parameter of a path: fewer are reported. Compute-optimal are about 20
 
 
@@ -29,10 +30,11 @@ def overlapping(scores: Floats, overlap: int) -> Integers:
 
 
 def balanced(scores: Floats, *, slack: float, overlap: int = 1, sizes: Array | None = None) -> Integers:
-    """Like `overlapping`, but no shard holds more than `slack` times a fair share of `sizes` (default: documents).
+    """Like `overlapping`, but no shard holds more than `slack` times a fair share, nor less than the 1/`slack` of it.
 
-    Greedy: documents that lose most with their second choice choose first. With `sizes` other than 1, documents that
-    fit nowhere go to the emptiest shard. Raises ValueError also for a slack below 1.
+    Shares are of `sizes` (default: documents). Greedy: documents that lose most with their second choice choose first,
+    then small shards take from others what loses least. With `sizes` other than 1, documents that fit nowhere go to the
+    emptiest shard, and a shard may stay too small by a document. Raises ValueError also for a slack below 1.
     """
     if slack < 1:
         raise ValueError(f"balance={slack}: a shard must have room for its fair share, so use at least 1 (0 = off)")
@@ -54,7 +56,25 @@ def balanced(scores: Floats, *, slack: float, overlap: int = 1, sizes: Array | N
             shard = next(fitting, min(free, key=loads.__getitem__))
             chosen[document, place] = shard
             loads[shard] += weight
+    _fill(chosen, scores, loads, weights, least=fair / slack, most=capacity)
     return chosen
+
+
+def _fill(chosen: Integers, scores: Floats, loads: list[float], weights: Array, *, least: float, most: float) -> None:
+    """Bring shards up to `least`, as far as others stay above it and none gets above `most`. Writes into `chosen`."""
+    rows = np.arange(len(chosen))[:, None]
+    for shard in sorted(range(len(loads)), key=loads.__getitem__):
+        losses = scores[rows, chosen] - scores[:, [shard]]  # float32[documents, overlap]
+        for place in np.argsort(losses, axis=None, kind="stable").tolist():
+            if loads[shard] >= least:
+                break
+            document, choice = divmod(place, chosen.shape[1])
+            giver, weight = int(chosen[document, choice]), float(weights[document])
+            fits = loads[giver] - weight >= least and loads[shard] + weight <= most
+            if fits and shard not in chosen[document]:
+                chosen[document, choice] = shard
+                loads[giver] -= weight
+                loads[shard] += weight
 
 
 def deal_replicas(documents: list[Array], sizes: Array, shards: int) -> list[Array]:
@@ -113,14 +133,14 @@ def _majority(groups: Array, labels: Array) -> float:
     return float(table.max(axis=1).sum() / len(groups))
 
 
-def check_shards(tokens: list[int], *, needed: int) -> list[str]:
-    """Warnings about tiny shards. `tokens`: of each path; `needed`: what one sequence takes.
+def check_shards(tokens: list[int], *, needed: int, balance: float = 0.0) -> list[str]:
+    """Warnings about tiny shards. `tokens`: of each path; `needed`: what one sequence takes; `balance`: what was set.
 
     Raises ValueError for a shard that is empty or holds less than one sequence.
     """
-    remedy = (
-        "workload.balance=1.5 limits the largest shards, workload.overlap=2 fills the small ones; or use fewer paths"
-    )
+    remedy = "workload.overlap=2 fills the small ones; or use fewer paths"
+    if not balance:
+        remedy = f"workload.balance=1.5 takes from the largest shards, {remedy}"
     for path, count in enumerate(tokens):
         if count < needed:
             raise ValueError(
@@ -132,6 +152,26 @@ def check_shards(tokens: list[int], *, needed: int) -> list[str]:
     if not tiny:
         return []
     return [f"less than {TINY:.0%} of a fair share of {fair:.0f} tokens: {', '.join(tiny)}: {remedy}"]
+
+
+def check_prefixes(sizes: Array, *, prefix_tokens: int) -> list[str]:
+    """A warning where many validation documents are all prefix. `sizes`: of each in tokens, with end-of-text.
+
+    Raises ValueError where all are.
+    """
+    short = float((sizes <= prefix_tokens).mean()) if len(sizes) else 1.0
+    remedy = "use a shorter prefix, longer documents (data.document=file), or a larger data.validation_fraction"
+    if short == 1:
+        raise ValueError(
+            f"no validation document has more than workload.prefix_tokens={prefix_tokens} tokens, which are not "
+            f"evaluated: {remedy}"
+        )
+    if short < SHORT:
+        return []
+    return [
+        f"{short:.0%} of the validation documents have no more than workload.prefix_tokens={prefix_tokens} tokens and "
+        f"count for no loss: {remedy}"
+    ]
 
 
 def few_tokens(tokens: list[int], *, parameters: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ class RoutedLM(Workload):
     prefix_tokens: int = 32  # of each document: what the router sees, and no perplexity counts
     document_tokens: int = 1024  # of training documents, that k-means sees; 0 = the prefix, as in the paper
     overlap: int = 1  # every training document is in so many shards
-    balance: float = 0.0  # no shard holds more than this times its fair share of tokens; 0 = no limit
+    balance: float = 0.0  # shards hold at most this times their fair share of tokens, at least a 1/this of it; 0 = any
     router_fraction: float = 0.005  # of the training documents, held out to score paths with
     stop_fraction: float = 0.0  # of them, held out to tell each path's best round: early stopping; 0 = the last counts
 
@@ -46,6 +47,12 @@ class RoutedLM(Workload):
                 raise ValueError(f"workload.{name}={vars(self)[name]}: it must be at least {least}")
         if self.paths and self.overlap > self.paths:
             raise ValueError(f"workload.overlap={self.overlap} with {self.paths} paths: use at most {self.paths}")
+        if self.router is RouterKind.product and math.isqrt(self.paths) ** 2 != self.paths:
+            near = max(1, round(self.paths**0.5)) ** 2
+            raise ValueError(
+                f"workload.router=product needs a square number of paths, not {self.paths}: use {near} paths, or "
+                "workload.router=kmeans"
+            )
         if self.balance and self.balance < 1:
             raise ValueError(f"workload.balance={self.balance}: a shard needs its fair share: at least 1, or 0 = off")
         for name in ("router_fraction", "stop_fraction"):
@@ -72,6 +79,9 @@ class RoutedLM(Workload):
 
     def num_parameters(self) -> int:
         return self._language().num_parameters()
+
+    def num_blocks(self) -> int:
+        return self._language().num_blocks()
 
     def corpus(self, data: Data, *, seed: int, shards: int) -> RoutedCorpus:
         """Prepare and route (once; later calls read the cache). One path has the shards of causal_lm.
@@ -111,8 +121,12 @@ class RoutedLM(Workload):
         return replace(self, paths=self.paths or paths)
 
     def warnings(self, corpus: Corpus) -> list[str]:
-        """Small shards, and too few tokens for so many paths."""
-        return list(_routed(corpus).warnings)
+        """Small shards, too few tokens for so many paths, and a single path, for which nothing is routed."""
+        alone = [
+            "one path, which reads all documents as with workload=causal_lm: for DiPaCo choose layout=paths, for "
+            "DiLoCo on the shards of 4 paths workload.paths=4"
+        ]
+        return [*(alone if self.paths == 1 else []), *_routed(corpus).warnings]
 
     def splits(self) -> list[str]:
         """ "validation", or with several paths "validation/0" and so on: what the router sends to each."""

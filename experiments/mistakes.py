@@ -129,11 +129,12 @@ def _not_composed(error: ConfigCompositionException, overrides: Sequence[str]) -
     if "No match in the defaults list" in text[0]:
         given = next((o for o in overrides if o.partition("=")[0] == named), f"{named}=...")
         return f"{given} needs a plus sign: write +{given}"
-    set_by = re.search(r"In '(.*)': .*Key '(.*)' not in '(.*)'", " ".join(text))
+    set_by = re.search(r"In '(.*)': .*Key '.*' not in '(.*)' full_key: (\S+)", " ".join(text))
     if set_by is not None:
-        where, key, part = set_by.groups()
-        name = where.replace("experiment/", "+experiment=")
-        return f"{name} sets {key}, which {part} has not: leave out {name}, or what chooses {part}"
+        where, part, key = set_by.groups()
+        name, top = where.replace("experiment/", "+experiment="), key.partition(".")[0]
+        chosen = next((o for o in overrides if re.match(rf"(\w+@)?{top}=", o)), f"what chooses {part}")
+        return f"{name} sets {key}, which {part} has not: leave out {chosen}, or {name}"
     return " ".join(text[:2])
 
 

@@ -100,6 +100,7 @@ class LocalBackend(Backend):
         torch.set_num_threads(job.threads_per_worker)
         self._islands: dict[IslandId, Island] = {}
         self._frozen: dict[tuple[SourceId, int], State] = {}  # by source and round
+        self._keeping: dict[tuple[Turn, int], State] = {}  # where sources move: by turn and segment
         self._exported: dict[SourceId, int] = {}  # for the next checkpoint: of which round
         self._kept: dict[SourceId, State] = {}  # where sources move: of each, when its last task ended
         self._sent: dict[Turn, list[Contribution]] = {}
@@ -250,7 +251,11 @@ class LocalBackend(Backend):
         if task.send:
             self._sent[task.turn] = contributions
         if task.save:
-            self._frozen[task.source, task.round] = self._islands[task.island].export(task.source)
+            state = self._islands[task.island].export(task.source, sheds=task.sheds)
+            if self._job.moving:
+                self._keeping[task.turn, task.segment] = state
+            else:
+                self._frozen[task.source, task.round] = state
         speed = self._seconds_per_step[task.island]
         free_s = self._free_at_s.get(task.island, 0.0)
         there_s = self._down[task.island].through_s(self._clock_s, report.bytes_down) + self._latency_s
@@ -272,7 +277,7 @@ class LocalBackend(Backend):
     def _may_be_written(self, task: Task) -> None:
         """What a task saved is for the checkpoints after its end, in the place of what there was of its source."""
         if self._job.moving:
-            self._kept[task.source] = self._frozen.pop((task.source, task.round))
+            self._kept[task.source] = self._keeping.pop((task.turn, task.segment))
             return
         if self._exported.get(task.source, task.round) != task.round:
             del self._frozen[task.source, self._exported[task.source]]

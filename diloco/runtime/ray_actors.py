@@ -106,9 +106,9 @@ class WorkerShell:
         state = ckpt.read_source(checkpoint, source)
         return None if state is None else pack(state)
 
-    def keep(self, source: SourceId) -> Kept:
-        """All that belongs to the present source, for whoever takes it up."""
-        return pack(self._island.export(source))
+    def keep(self, task: Task) -> Kept:
+        """What the task is to save of the present source, for whoever takes it up."""
+        return pack(self._island.export(task.source, sheds=task.sheds))
 
     def take_up(self, source: SourceId, kept: Kept) -> None:
         """Become a source as it was kept."""

@@ -232,7 +232,7 @@ class RayBackend(Backend):
                 if error is None:
                     self._revived.pop(task.island, None)
                 if error is None and task.save:
-                    self._saver.exported(task.source, island, task.round)
+                    self._saver.exported(task, island)
                 lost = None if error is None else Lost(now_s=now_s, island=task.island, reason=short(error))
                 self._events.append(lost or Finished(now_s=now_s, report=found[-1]))
 

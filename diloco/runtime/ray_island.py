@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, SlotName, SourceId, Task
+from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, SlotName, SourceId, Task, Turn
 from diloco.runtime.base import Job
 from diloco.runtime.ray_actors import WorkerActor
 from diloco.runtime.ray_refs import Ref, died, get, get_all
@@ -24,7 +24,7 @@ class RayIsland:
     def __init__(self, job: Job, island: IslandId) -> None:
         self._group: Any = None
         self._moving = job.moving
-        self._keeping: dict[SourceId, Ref] = {}
+        self._keeping: dict[tuple[Turn, int], Ref] = {}  # by turn and segment: two tasks of a source may be under way
         self._taking: list[Ref] = []  # answers to be had before the next task
         size = 1 if island == EVALUATOR else job.workers[island]
         needs = {"CPU": float(job.threads_per_worker), "GPU": job.gpus_per_worker}
@@ -83,13 +83,13 @@ class RayIsland:
             answers.append(worker.run.remote(task, *given))
             contributions = [worker.contribute.remote(task, slots) for slots in groups]
             if task.save and self._moving and rank == 0:
-                self._keeping[task.source] = worker.keep.remote(task.source)
+                self._keeping[task.turn, task.segment] = worker.keep.remote(task)
             answers.append(worker.report.remote(task))
         return answers, contributions
 
-    def kept(self, source: SourceId) -> Ref:
-        """What its last task saved of a source, once that is finished; it outlives the island, not the node."""
-        return self._keeping.pop(source)
+    def kept(self, task: Task) -> Ref:
+        """What a task saved of its source, once it is finished; it outlives the island, not the node."""
+        return self._keeping.pop((task.turn, task.segment))
 
     def take_up(self, source: SourceId, kept: Ref) -> None:
         """Before the next task; whether it succeeds, that task tells."""

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from diloco import checkpoint as ckpt
-from diloco.messages import SourceId
+from diloco.messages import SourceId, Task
 from diloco.runtime.base import LOADED
 from diloco.runtime.ray_island import RayIsland
 from diloco.runtime.ray_refs import Pending, Ref, get, short
@@ -35,14 +35,14 @@ class Saver:
         asked = {source: island.load(checkpoint, source) for source, island in sources.items()}
         for source, refs in asked.items():
             if get(refs)[0]:
-                self.exported(source, sources[source], LOADED)
+                self._exported[source] = (sources[source], LOADED)
 
-    def exported(self, source: SourceId, island: RayIsland, round_: int) -> None:
-        """A task with `save` is finished: there is a copy of what belongs to `source`, for the next checkpoint."""
+    def exported(self, task: Task, island: RayIsland) -> None:
+        """A task with `save` is finished: there is a copy of what belongs to its source, for the next checkpoint."""
         if self._moving:
-            self._kept[source] = island.kept(source)
+            self._kept[task.source] = island.kept(task)
         else:
-            self._exported[source] = (island, round_)
+            self._exported[task.source] = (island, task.round)
 
     def take_up(self, source: SourceId, island: RayIsland) -> None:
         """An island is to go on with a source as it was kept last."""

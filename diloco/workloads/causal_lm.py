@@ -30,9 +30,7 @@ EVALUATION_BATCH = 8  # sequences
 class CausalLM(Workload):
     """Train a causal language model on `data`; the loss is the mean cross-entropy of next tokens, in nats."""
 
-    model: str = (
-        "tiny"  # a preset (micro, tiny, 10m, 60m, 150m, 400m, 1.3b): new weights; or a folder or hub id: its weights
-    )
+    model: str = "tiny"  # a preset (micro, deep, tiny, 10m, 60m, ...): new weights; or a folder or hub id: its weights
     trust_remote_code: bool = False  # run Python code that comes with a pretrained model
 
     def __post_init__(self) -> None:
@@ -62,6 +60,10 @@ class CausalLM(Workload):
         if self.model in PRESETS:
             return PRESETS[self.model].num_parameters()
         return sum(path.stat().st_size for path in Path(self.model).glob("*.safetensors")) // 2
+
+    def num_blocks(self) -> int:
+        """Of a preset."""
+        return PRESETS[self.model].layers if self.model in PRESETS else 0
 
     def corpus(self, data: Data, *, seed: int, shards: int) -> TokenCorpus:
         """Prepare or open the corpus, with the model's tokenizer where `data` names none.

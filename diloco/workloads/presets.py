@@ -1,4 +1,4 @@
-"""Sizes of new models: the decoders of the DiLoCo and DiPaCo papers in Llama's form, and a tiny one."""
+"""Sizes of new models: the decoders of the DiLoCo and DiPaCo papers in Llama's form, and small ones."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ class Preset:
 # Widths, depths and heads: arXiv:2311.08105, Table 1 (60m to 400m) and arXiv:2403.10616 (1.3b).
 PRESETS = {
     "micro": Preset(layers=3, width=64, heads=4, head_size=16, vocab_size=257),  # 0.16 M: bytes and end-of-text
+    "deep": Preset(layers=8, width=64, heads=4, head_size=16, vocab_size=257),  # 0.4 M, to be cut into levels
     "tiny": Preset(layers=4, width=128, heads=4, head_size=32, vocab_size=4096),  # 1.3 M
     "10m": Preset(layers=12, width=256, heads=8, head_size=32, vocab_size=4096),  # 10.5 M
     "60m": Preset(layers=3, width=896, heads=16, head_size=64),

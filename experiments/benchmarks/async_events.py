@@ -17,7 +17,7 @@ from diloco.async_.quorum import Quorum
 from diloco.async_.schedule import FirstCome
 from diloco.schedule import Schedule
 from experiments.benchmarks import common
-from experiments.benchmarks.coordinator import Game
+from experiments.benchmarks.coordinator import Game, view_of
 
 SCHEDULES: dict[str, Schedule] = {
     "first come": FirstCome(),
@@ -47,7 +47,7 @@ def _measure(given: Any) -> dict[str, Any]:
     for _ in range(given.blocks):
         for name, schedule in SCHEDULES.items():
             modules = {"modules": given.modules, "modules_per_path": given.modules}
-            game = Game(islands=given.islands, schedule=schedule, steps=STEPS, **modules)
+            game = Game(view_of(schedule, islands=given.islands, steps=STEPS, **modules), schedule)
             game.play(1)
             block = game.play(given.rounds)
             rates[name].append(block.events / block.seconds)

@@ -37,12 +37,9 @@ class Block:
 class Game:
     """A coordinator and its made-up runtime; what it is asked for is answered in a random order."""
 
-    def __init__(
-        self, *, islands: int, modules: int, modules_per_path: int, schedule: Schedule | None = None, steps: int = 1
-    ) -> None:
-        """By default a barrier. `steps`: of a round, all in one task."""
-        schedule = schedule or Barrier()
-        self._view = view_of(schedule, islands=islands, modules=modules, modules_per_path=modules_per_path, steps=steps)
+    def __init__(self, view: RunView, schedule: Schedule) -> None:
+        """`view`: of a run that begins."""
+        self._view = view
         self._coordinator = Coordinator(schedule=schedule, run=self._view)
         self._asked: list[Run | Push | Measure] = []
         self._random = random.Random(0)
@@ -114,7 +111,9 @@ def _of_width(given: Any, width: int) -> dict[str, Any]:
     for _ in range(given.blocks):
         for n, found in blocks.items():
             # Made anew each time, or the garbage collector would look through all the others with it.
-            game = Game(islands=n, modules=given.modules, modules_per_path=width)
+            schedule = Barrier()
+            view = view_of(schedule, islands=n, modules=given.modules, modules_per_path=width, steps=1)
+            game = Game(view, schedule)
             game.play(1)
             found.append(game.play(-(-given.tasks // n)))
     costs = {n: common.median([b.seconds / b.tasks for b in found]) for n, found in blocks.items()}

@@ -42,7 +42,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.buffers": {"diloco.messages"},
     "diloco.sums": set(),
     "diloco.merge": {"diloco.buffers", "diloco.messages", "diloco.sums"},
-    "diloco.layout": {"diloco.messages"},
+    "diloco.placing": {"diloco.messages"},
+    "diloco.layout": {"diloco.messages", "diloco.placing"},
     "diloco.blocks": {"diloco.messages"},
     "diloco.quantize": {"diloco.blocks", "diloco.buffers"},
     "diloco.sparse": {"diloco.blocks", "diloco.buffers"},
@@ -175,7 +176,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "dipaco.reshard": {"dipaco.corpus", "dipaco.router", "dipaco.routing", "dipaco.saved"},
     "dipaco.config": {"diloco.config", "dipaco.*"},
-    "dipaco.paths": {"diloco.layout", "diloco.messages"},
+    "dipaco.paths": {"diloco.layout", "diloco.messages", "diloco.placing"},
     "dipaco.schedule": {"diloco.folding", "diloco.messages", "diloco.progress", "diloco.schedule", "diloco.views"},
     "dipaco.token_router": {
         *("diloco.workloads.causal_lm", "diloco.workloads.sampling", "dipaco.features", "dipaco.saved"),

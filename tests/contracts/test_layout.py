@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diloco.layout import Layout, Whole, check_partition, fragments, place, split
+from diloco.layout import Layout, Whole, check_partition, fragments, split
 from diloco.messages import ModuleKey, Shape
+from diloco.placing import place
 
 NAMES = st.text("abw.12_", min_size=1, max_size=10)
 PARAMETERS = st.dictionaries(NAMES, st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=30)

@@ -9,7 +9,7 @@ import pytest
 
 from diloco import seats
 from diloco.events import Joined, Push, Respawn, Run
-from diloco.messages import IslandId, SourceId
+from diloco.messages import EVALUATOR, IslandId, SourceId
 from diloco.views import RunView
 from dipaco.paths import Paths
 from dipaco.schedule import PathFirstCome, PathRounds
@@ -68,6 +68,27 @@ def test_any_number_of_islands(islands: int, lag: int, fragments: int, seed: int
     assert len(steps) == 4 * ROUNDS * 6 and set(steps.values()) == {1}
     if islands >= 4:
         assert not any(task.save for task in runtime.tasks())
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("segment_steps", [0, 2])
+@pytest.mark.parametrize(("lag", "fragments"), [(1, 1), (5, 1), (2, 2)])
+def test_a_path_moves_only_once_all_that_was_given_of_it_is_done(
+    lag: int, fragments: int, segment_steps: int, seed: int
+) -> None:
+    """Two tasks of a path that save it may be under way at once: what the first saved is not what is taken up."""
+    layout = Paths(levels=[4], private=["."], fragments=fragments)
+    runtime = begun(2, PathRounds(lag=lag, replicas=1), layout, seed=seed, segment_steps=segment_steps)
+    chance = random.Random(seed)
+    while runtime.stop is None:
+        command = chance.choice(runtime.ready())
+        others = [c for c in runtime.asked if isinstance(c, Run) and c is not command]
+        under_way = {c.task.source for c in others if c.task.island != EVALUATOR}
+        before = len(runtime.said)
+        runtime.answer(command)
+        taken = {c.task.source for c in runtime.said[before:] if isinstance(c, Run) and c.take_up}
+        assert not taken & under_way
+    check_whole(runtime, fragments)
 
 
 @pytest.mark.parametrize("lag", [0, 2])
@@ -141,6 +162,22 @@ def test_what_is_kept_goes_along() -> None:
     assert [c.take_up for c in first] == [False, False] + [True] * (2 * ROUNDS - 2)
     assert not any(c.take_up for c in runs if c.task.segment)
     assert all(set(c.wants) == set(c.task.modules.values()) for c in first[2:])  # each has stepped since
+
+
+@pytest.mark.parametrize(("lag", "fragments", "keep"), [(0, 1, 0.0), (2, 1, 0.0), (0, 2, 0.0), (0, 1, 0.5)])
+def test_weights_are_left_behind_where_all_are_installed_anew(lag: int, fragments: int, keep: float) -> None:
+    """At a round's end; the next task then installs every slot, and nothing of it is held."""
+    layout = Paths(levels=[2], fragments=fragments)
+    runtime = begun(1, PathRounds(lag=lag, keep=keep, replicas=1), layout)
+    runtime.go()
+    left = [task for task in runtime.tasks() if task.sheds]
+    assert bool(left) == (lag == 0 and fragments == 1 and keep == 0)
+    assert all(task.save and task.last for task in left)
+    taken = {(c.task.source, c.task.round): c for c in runtime.said if isinstance(c, Run) and c.take_up}
+    for task in left:
+        following = taken.get((task.source, task.round + 1))  # the island may also go on with it, which lacks nothing
+        assert following is None or following.wants == dict.fromkeys(task.modules.values())
+    assert len(taken) >= 2
 
 
 def test_spare_islands_take_over() -> None:

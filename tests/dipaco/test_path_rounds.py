@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from diloco.checkpoint import read_values
+from diloco.checkpoint import read_source, read_values
 from diloco.config import register
 from diloco.inner import AdamW, Sgd
 from diloco.layout import Whole
 from diloco.merge import Mean, MeanBy
+from diloco.messages import SourceId
 from diloco.outer import Nesterov
 from diloco.runtime.base import Store
 from diloco.runtime.local import Local
@@ -62,7 +64,8 @@ def read_values_by_module(folder: Path) -> dict[str, torch.Tensor]:
     for path in sorted((folder / "modules").rglob("*.safetensors")):
         for name, value in load_file(path).items():
             if name.startswith("values/"):
-                found[f"{path.relative_to(folder / 'modules')}:{name.removeprefix('values/')}"] = value
+                module = re.sub(r"\.part\d+", "", str(path.relative_to(folder / "modules")))  # as the shards want it
+                found[f"{module}:{name.removeprefix('values/')}"] = value
     return found
 
 
@@ -169,6 +172,30 @@ def test_waves_on_fewer_islands_give_the_same_bits(tmp_path: Path, islands: int,
     assert values(found.directory).keys() == values(expected.directory).keys()
     for key, value in values(expected.directory).items():
         assert torch.equal(values(found.directory)[key], value)
+
+
+@pytest.mark.parametrize(("lag", "fragments"), [(1, 1), (5, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("layout", [GRID, Paths(levels=[4], private=["."])])
+@pytest.mark.parametrize("speeds", [[1.0, 1.0], [1.0, 7.0]])
+def test_waves_with_two_tasks_of_a_path_that_save_it(
+    tmp_path: Path, layout: Paths, lag: int, fragments: int, speeds: list[float]
+) -> None:
+    """Rounds are not cut: one sends, and the next ends where the path may have to wait; both are under way at once."""
+    settings: dict[str, Any] = {**DEEP, "layout": replace(layout, fragments=fragments), "segment_steps": 0}
+    schedule = PathRounds(lag=lag, replicas=1)
+    expected = launch(tmp_path / "expected", **settings, islands=4, schedule=schedule)
+    found = launch(tmp_path / "found", **settings, islands=2, schedule=schedule, runtime=Local(seconds_per_step=speeds))
+    assert digests(found) == digests(expected)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_what_is_kept_of_a_path_that_waits(tmp_path: Path, lag: int) -> None:
+    """Moments alone, where it will install all weights anew; the island's present path has everything."""
+    run = launch(tmp_path, **DEEP, layout=GRID, islands=1, schedule=PathRounds(lag=lag, replicas=1))
+    states = [read_source(run.summary["checkpoint"], SourceId(source)) for source in range(4)]
+    parts = [{name.partition("/")[0] for name in state.tensors} for state in states if state is not None]
+    assert sorted(map(len, parts)) == ([1, 1, 1, 3] if lag == 0 else [3, 3, 3, 3])
+    assert all(found in ({"inner"}, {"inner", "local", "anchor"}) for found in parts)
 
 
 def test_a_path_goes_on_when_its_own_modules_have_stepped(tmp_path: Path) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
 from diloco.inner import AdamW, RateSchedule
 from diloco.runtime.base import Store
 from dipaco.paths import Paths
@@ -30,6 +34,34 @@ def test_waves_are_the_same_bits_as_in_one_process(start: Start, runs: Path) -> 
     assert digests(found) == digests(expected)
     assert found.summary["contributions"]["accepted"] == 4 * 3
     assert {r["island"] for r in records(found.directory, "segment")} == {0, 1}
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_paths_that_go_between_islands_of_several_workers(start: Start, runs: Path, tmp_path: Path, lag: int) -> None:
+    """The joint batches of one process, to rounding; one worker is killed, and its path is taken up by all of them.
+
+    With a lag nobody is: steps after the last one before a round that is done again would be in the moments twice.
+    """
+    file = tmp_path / "signal"
+    if not lag:
+        file.write_text("")
+    settings = {**SETTINGS, "schedule": PathRounds(replicas=1, lag=lag), "islands": 2}
+    killed = {**settings, "workload": Signalling(blocks=4, file=str(file), at_shard=2, at_step=8, at_worker=1)}
+    expected = launch(runs / "expected", **{**BASE, **settings})
+    found = start("workers", **killed, workers=2)
+    assert found.summary["islands_lost"] == (0 if lag else 1) and not file.exists()
+    assert found.summary["contributions"]["accepted"] == 4 * 3
+    ours, theirs = (read_modules(result.directory) for result in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6)
+
+
+def read_modules(directory: Path) -> dict[str, torch.Tensor]:
+    """The store's values at the end."""
+    files = sorted((directory / "checkpoints/round-000003/modules").rglob("*.safetensors"))
+    found = {f"{path.name}:{name}": value for path in files for name, value in load_file(path).items()}
+    return {name: value for name, value in found.items() if ":values/" in name}
 
 
 def test_a_path_of_a_dead_island_is_trained_again(start: Start, runs: Path, tmp_path: Path) -> None:

@@ -43,8 +43,27 @@ def test_no_shard_is_above_its_capacity(slack: float) -> None:
     assert free.max() > 90 and found.max() <= np.ceil(slack * 103 / 4) and found.sum() == 103
 
 
+@given(seed=st.integers(0, 9), slack=st.floats(1.2, 3), overlap=st.integers(1, 3))
+@settings(max_examples=30, deadline=None)
+def test_no_shard_starves(seed: int, slack: float, overlap: int) -> None:
+    """However little the others' documents fit it, shard 4 gets the 1/slack of a fair share; nothing is lost."""
+    given_scores = scores(200, 5, seed=seed, skew=3.0)
+    assert np.bincount(shards.overlapping(given_scores, overlap).ravel(), minlength=5)[4] < 3
+    chosen = shards.balanced(given_scores, slack=slack, overlap=overlap)
+    found, fair = np.bincount(chosen.ravel(), minlength=5), 200 * overlap / 5
+    assert found.min() >= min(fair / slack, np.floor(fair)) and found.max() <= np.ceil(slack * fair)
+    assert all(len(set(row)) == overlap for row in chosen.tolist())
+
+
+def test_a_small_shard_takes_what_loses_least() -> None:
+    """Eight documents that want shard 0; with room for six, 1.33 is the least: the two that lose least go."""
+    losses = np.array([9, 8, 7, 6, 5, 4, 0.1, 0.2], np.float32)
+    given_scores = np.stack([losses, np.zeros(8, np.float32)], axis=1)
+    assert shards.balanced(given_scores, slack=1.5)[:, 0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1]  # 8/2/1.5 = 2.67
+
+
 def test_with_room_for_all_nothing_changes() -> None:
-    given_scores = scores(50, 4, skew=1.0)
+    given_scores = scores(50, 4)
     assert np.array_equal(shards.balanced(given_scores, slack=4.0), shards.overlapping(given_scores, 1))
 
 
@@ -93,6 +112,11 @@ def test_what_is_wrong_with_shards() -> None:
     assert shards.check_shards([100, 33], needed=33) == []
     (warning,) = shards.check_shards([1000, 1000, 60], needed=33)
     assert "less than 10% of a fair share of 687 tokens: path 2 (60): workload.balance=1.5" in warning
+    (warning,) = shards.check_shards([1000, 1000, 60], needed=33, balance=1.5)
+    assert "workload.balance" not in warning and "workload.overlap=2" in warning
+    assert shards.check_prefixes(np.array([33, 40, 90]), prefix_tokens=32) == []
+    (warning,) = shards.check_prefixes(np.array([32, 40, 90]), prefix_tokens=32)
+    assert "33% of the validation documents have no more than workload.prefix_tokens=32 tokens" in warning
     assert shards.few_tokens([900, 1000], parameters=900) == shards.few_tokens([9], parameters=900) == []
     assert shards.few_tokens([9, 9], parameters=0) == []
     (warning,) = shards.few_tokens([450, 1000], parameters=900)

@@ -298,6 +298,10 @@ def test_saved_routers_that_do_not_fit(folder: Path, corpus: RoutedCorpus, tmp_p
         ({"paths": 4, "overlap": 5}, "workload.overlap=5 with 4 paths: use at most 4"),
         ({"balance": 0.5}, "workload.balance=0.5: a shard needs its fair share"),
         ({"router_fraction": 1.0}, "workload.router_fraction=1.0: it must be at least 0 and below 1"),
+        (
+            {"router": RouterKind.product, "paths": 5},
+            "needs a square number of paths, not 5: use 4 paths",
+        ),
         ({"router": RouterKind.file}, "workload.router=file with workload.router_file=''"),
         ({"router_file": "x"}, "workload.router=kmeans with workload.router_file="),
         ({"router": RouterKind.iid, "overlap": 2}, "workload.router=iid has no scores for workload.overlap=2"),
@@ -311,8 +315,6 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
 def test_corpora_that_cannot_be(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="workload.paths=4 do not divide 6 sources: use a multiple of 4 islands"):
         corpus_of(folder, lm(), shards=6)
-    with pytest.raises(ValueError, match="needs a square number of paths, not 3"):
-        corpus_of(folder, lm(paths=3, router=RouterKind.product), shards=3)
     with pytest.raises(ValueError, match="4 domains in the training documents cannot fill 5 paths"):
         corpus_of(folder, lm(paths=5, router=RouterKind.domains), shards=5)
     with pytest.raises(ValueError, match="there is no model in this folder: give RUN/export"):
@@ -321,9 +323,13 @@ def test_corpora_that_cannot_be(folder: Path, tmp_path: Path) -> None:
         corpus_of(folder, lm(paths=250), shards=250)
     with pytest.raises(ValueError, match="shard of path .* fewer than one sequence needs .*: workload.balance=1.5"):
         corpus_of(folder, lm(paths=40), shards=40, sequence_length=900)
-    corpus = corpus_of(folder, lm(prefix_tokens=1000))
     with pytest.raises(ValueError, match="no validation document has more than workload.prefix_tokens=1000 tokens"):
-        lm(prefix_tokens=1000).evaluate(lm().build_model(0), corpus, "validation")
+        corpus_of(folder, lm(prefix_tokens=1000))
+
+
+def test_a_single_path_is_told_of(folder: Path) -> None:
+    (told,) = lm(paths=1).warnings(corpus_of(folder, lm(paths=1)))
+    assert "workload=causal_lm" in told and "layout=paths" in told and "workload.paths=4" in told
 
 
 # configuration

@@ -13,12 +13,24 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.benchmarks import codec, coordinator, inner_loop, memory, outer_round, peers, plan, slow_link, wan
+from experiments.benchmarks import (
+    codec,
+    coordinator,
+    dipaco_cost,
+    inner_loop,
+    memory,
+    outer_round,
+    peers,
+    plan,
+    slow_link,
+    wan,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = {
     "codec": codec,
     "coordinator": coordinator,
+    "dipaco_cost": dipaco_cost,
     "inner_loop": inner_loop,
     "memory": memory,
     "outer_round": outer_round,
@@ -76,6 +88,19 @@ def test_plan(tmp_path: Path) -> None:
     found = figures("plan", folder=tmp_path)
     assert found["cells"] == 25
     assert found["within_one_step"] >= 0.95 and found["exact"] >= 0.75
+
+
+def test_dipaco_cost(tmp_path: Path) -> None:
+    found = figures("dipaco_cost", folder=tmp_path)
+    assert set(found["by_paths"]) == {"4", "9"} and (found["waves"]["paths"], found["waves"]["islands"]) == (9, 4)
+    size = 4 * found["parameters"]
+    for row in found["by_paths"].values():
+        assert size < row["bytes up"] < 1.01 * size and size < row["bytes down"] < 1.01 * size
+        assert row["parameters"] == row["anchors"] == size and row["island's tensors"] < row["process USS"]
+        assert row["optimizer"] == pytest.approx(2 * size, rel=0.01)  # two moments, and counters
+        assert all(value > 0 for value in row.values())
+    alike = ("bytes up", "bytes down", "island's tensors", "kept of a source")
+    assert [found["growth"][name] for name in alike] == pytest.approx([1] * 4, rel=1e-3)
 
 
 @starts_ray

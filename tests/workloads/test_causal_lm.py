@@ -87,6 +87,7 @@ def same(one: nn.Module, two: nn.Module) -> bool:
 @pytest.mark.parametrize(
     ("name", "millions", "tolerance"),
     [
+        ("deep", 0.4, 0.02),
         ("tiny", 1.3, 0.02),
         ("10m", 10.5, 0.02),
         ("60m", 60, 0.03),
@@ -134,7 +135,7 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Monkey
             CausalLM(model=name).build_model(0)
         with pytest.raises(ValueError, match=message):
             CausalLM(model=name).corpus(Data(cache=str(tmp_path)), seed=0, shards=1)
-    with pytest.raises(ValueError, match="workload.model is empty: choose micro, tiny, 10m, 60m"):
+    with pytest.raises(ValueError, match="workload.model is empty: choose micro, deep, tiny, 10m, 60m"):
         CausalLM(model="")
 
 
