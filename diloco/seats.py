@@ -21,15 +21,16 @@ def begin(run: RunView, modules: Modules, islands: int) -> None:
 def place(run: RunView, islands: int) -> None:
     """Give each island its source, all of them alive; those that are new, or had been away, take part from now on.
 
-    Sources not seen before start at the present round's position. Where sources move, all that were seen before wait
-    for an island.
+    Sources not seen before start at the present round's position. Where sources move, those that had an island get it
+    again, since it may be as fast as it was; the others wait for one.
     """
     count = len(run.shard_examples) if run.moving else islands
     run.sources = {source: view for source, view in run.sources.items() if source < count}
     for module in run.modules.values():
         module.awaited &= run.sources.keys()
     for view in run.sources.values():
-        view.island = None
+        stays = run.moving and view.island is not None and view.island < islands
+        view.island = view.island if stays else None
     for index in range(count):
         source = SourceId(index)
         if source not in run.sources:
@@ -41,8 +42,9 @@ def place(run: RunView, islands: int) -> None:
                 island=IslandId(index) if run.moving and index < islands else None,
             )
     run.islands.clear()
-    for index in range(islands):
-        run.islands[IslandId(index)] = IslandView(island=IslandId(index), source=SourceId(index % count))
+    seated = {view.island: view.source for view in run.sources.values()}
+    for island in map(IslandId, range(islands)):
+        run.islands[island] = IslandView(island=island, source=seated.get(island, SourceId(island % count)))
     run.sit_down()
     for source_view in run.sources.values():
         _await(run, source_view)

@@ -150,16 +150,16 @@ def test_a_run_of_which_all_is_refused_stops(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("islands", "runtime", "at_step"), [(4, UNEQUAL, 15), (2, Local(seconds_per_step=[1.0, 2.5]), 20)]
+    ("islands", "runtime", "at_shard", "at_step"), [(4, UNEQUAL, 3, 9), (2, Local(seconds_per_step=[1.0, 2.5]), 1, 20)]
 )
 def test_a_run_resumed_from_a_rounds_checkpoint_is_the_run_that_was_never_stopped(
-    tmp_path: Path, islands: int, runtime: Local, at_step: int
+    tmp_path: Path, islands: int, runtime: Local, at_shard: int, at_step: int
 ) -> None:
     settings = {**DEEP, "layout": GRID, "outer": DELAYED, "islands": islands, "runtime": runtime}
     settings |= {"schedule": PathFirstCome(replicas=1), "checkpoint": Checkpoint(every=1)}
     settings["inner"] = AdamW(lr=0.01, warmup_steps=1)
     file = tmp_path / "signal"
-    stopping = Signalling(blocks=4, file=str(file), at_shard=1, at_step=at_step, number=15)
+    stopping = Signalling(blocks=4, file=str(file), at_shard=at_shard, at_step=at_step, number=15)
     expected = launch(tmp_path / "expected", **{**settings, "workload": stopping})
     file.write_text("")
     first = launch(tmp_path / "first", **{**settings, "workload": stopping})
