@@ -43,6 +43,7 @@ from diloco.messages import (
     Turn,
 )
 from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, one_each, placed
+from diloco.starting import StartingValues
 from diloco.workers import World
 
 
@@ -126,10 +127,11 @@ class LocalBackend(Backend):
 
     def fill(self, init_from: str) -> Mapping[IslandId, list[ModuleKey]]:
         """From the evaluator's fresh model."""
-        values = ckpt.read_values(init_from) if init_from else None
+        starting = StartingValues(init_from, self._modules) if init_from else None
         digests: dict[ModuleKey, str] = {}
         for index, shard in enumerate(self._shards):
-            digests |= shard.fill(self._islands[EVALUATOR].initial(placed(self._modules, index), values))
+            keys = placed(self._modules, index)
+            digests |= shard.fill(self._islands[EVALUATOR].initial(keys, starting.of(keys) if starting else None))
         return {number: island.adopt(digests) for number, island in self._islands.items()}
 
     def load(self, checkpoint: str, sources: Mapping[SourceId, int], now_s: float) -> None:

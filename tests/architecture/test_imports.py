@@ -93,6 +93,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.workload": {"diloco.messages"},
     **dict.fromkeys(sorted(DATA), DATA),
     "diloco.checkpoint": {"diloco.layout", "diloco.messages", "diloco.sharded", "diloco.workers"},
+    "diloco.starting": {"diloco.checkpoint", "diloco.messages"},
     "diloco.sharded": {"diloco.checkpoint", "diloco.messages", "diloco.workers"},
     "diloco.metrics": {"diloco.display", "diloco.fleet", "diloco.formats", "diloco.messages"},
     "diloco.display": {"diloco.fleet", "diloco.formats"},
