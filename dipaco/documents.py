@@ -59,12 +59,13 @@ class Pieces:
         return found
 
     def document_scores(self, model: nn.Module) -> Doubles:
-        """float64[documents]: log-likelihood of all counted tokens of each document that has some, lowest index first.
+        """float64[documents]: mean log-likelihood of the counted tokens of each document that has some, by index.
 
-        S_p of arXiv:2403.10616, section 2.4.2, where `model` is path p, in nats.
+        In nats. S_p of arXiv:2403.10616, section 2.4.2, where `model` is path p, divided by the document's length.
         """
         _, places = np.unique(self.documents, return_inverse=True)
-        return np.bincount(places, self.log_likelihoods(model, np.arange(len(self)))).astype(np.float64)
+        sums = np.bincount(places, self.log_likelihoods(model, np.arange(len(self))))
+        return np.asarray(sums / np.bincount(places, self.tokens), dtype=np.float64)
 
     def _losses(self, model: nn.Module, indices: Sequence[int] | Array) -> Tensor:
         """float32[pieces, longest]: of each target, 0 where it is padding or prefix."""

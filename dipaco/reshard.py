@@ -14,7 +14,7 @@ from diloco.tokens import TokenFolder
 from diloco.workloads.causal_lm import CausalLM
 from dipaco.documents import Pieces
 from dipaco.features import Features
-from dipaco.router import LinearRouter
+from dipaco.router import LinearRouter, balancing_bias
 from dipaco.routing import FIT_DOCUMENTS, SUMMARY, Routing, Settings, fit_features, texts
 from dipaco.saved import Doubles, Integers
 
@@ -79,7 +79,7 @@ class Scorer:
     def scores(self, folder: TokenFolder, documents: Integers) -> tuple[Integers, Doubles]:
         """int64[scored]: those of the documents that have more than a prefix; float64[scored, paths] of them.
 
-        Log-likelihoods of whole documents without their prefixes, in nats. One path's model is in memory at a time.
+        Mean log-likelihoods of the tokens after the prefix, in nats. One path's model is in memory at a time.
         """
         workload, length = self.config["workload"], self.config["data"]["sequence_length"]
         pieces = Pieces(folder, documents, length=length, prefix=workload["prefix_tokens"])
@@ -129,13 +129,17 @@ def reshard(
     """A linear router from features to each document's best path, with a bias for the loads.
 
     `scores`: float64[documents, paths] of `documents`; `target`: float64[paths], the share of the `training` documents
-    that each path shall get.
+    that each path shall get. Where a path is nobody's best, as the paper has it, nothing would tell what it is good at:
+    then a constant is first added to each path's scores, so that they are best as often as `target` says.
     """
+    labels = scores.argmax(axis=1)
+    if len(np.unique(labels)) < settings.paths:
+        labels = (scores + balancing_bias(scores.astype(np.float32), target)).argmax(axis=1)
     chosen = np.random.default_rng(settings.seed).permutation(training)[:FIT_DOCUMENTS]
     tokens = settings.prefix_tokens
     router = LinearRouter.fit(
         features.vectors(texts(folder, documents), tokens=tokens),
-        scores.argmax(axis=1),
+        labels,
         paths=settings.paths,
         match=features.vectors(texts(folder, chosen), tokens=tokens),
         target=target,

@@ -152,7 +152,7 @@ def test_a_document_is_scored_whole_but_for_its_prefix(corpus: RoutedCorpus, mod
             for place in range(1, len(piece)):
                 if start + place >= 24:  # the first 24 are the prefix
                     total += nats[place - 1, piece[place]].item()
-        expected.append(total)
+        expected.append(total / (len(tokens) - 24))
     found = corpus.pieces(np.array([50, 3])).document_scores(model)  # in order of document
     assert found.dtype == np.float64 and found == pytest.approx(expected, rel=1e-5)
     assert model.training  # as before
