@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+TOKENS_AT_ONCE = 1024  # at least as many are read at once, in short pieces too
 UNCOUNTED = -100  # what cross_entropy ignores
 
 
@@ -49,12 +50,17 @@ class Pieces:
         kept = min(count, available)
         self._keep(np.arange(kept) * available // max(1, kept))
 
+    def shorten(self, tokens: int) -> None:
+        """Keep what begins within the first `tokens` tokens of a document."""
+        self._keep(np.flatnonzero(self._starts < tokens))
+
     def log_likelihoods(self, model: nn.Module, indices: Array) -> Doubles:
         """float64[len(indices)]: the sum over each piece's counted tokens, in nats. The model's mode is kept."""
         found = np.zeros(len(indices))
         with evaluating(model):
-            for first in range(0, len(indices), EVALUATION_BATCH):
-                chunk = indices[first : first + EVALUATION_BATCH]
+            size = max(EVALUATION_BATCH, TOKENS_AT_ONCE // self._length)
+            for first in range(0, len(indices), size):
+                chunk = indices[first : first + size]
                 found[first : first + len(chunk)] = -self._losses(model, chunk).sum(dim=1).double().cpu().numpy()
         return found
 

@@ -76,13 +76,16 @@ class Scorer:
                 "workload.base out"
             )
 
-    def scores(self, folder: TokenFolder, documents: Integers) -> tuple[Integers, Doubles]:
+    def scores(self, folder: TokenFolder, documents: Integers, *, tokens: int) -> tuple[Integers, Doubles]:
         """int64[scored]: those of the documents that have more than a prefix; float64[scored, paths] of them.
 
-        Mean log-likelihoods of the tokens after the prefix, in nats. One path's model is in memory at a time.
+        Mean log-likelihoods of what follows the prefix, in nats: of about `tokens` tokens of each document, 0 = all.
+        One path's model is in memory at a time.
         """
         workload, length = self.config["workload"], self.config["data"]["sequence_length"]
         pieces = Pieces(folder, documents, length=length, prefix=workload["prefix_tokens"])
+        if tokens:
+            pieces.shorten(tokens)
         columns = []
         for path in range(workload["paths"]):
             exported = str(self.run / "export" / f"path{path}")
@@ -110,7 +113,7 @@ def discriminative(folder: TokenFolder, settings: Settings, *, aside: Integers, 
     scorer = Scorer.open(Path(settings.scorer))
     scorer.check(folder, settings)
     check_held_out(len(aside), settings)
-    documents, scores = scorer.scores(folder, aside)
+    documents, scores = scorer.scores(folder, aside, tokens=settings.document_tokens)
     check_held_out(len(documents), settings)
     features = scorer.features(folder, settings)
     return reshard(folder, settings, features, documents, scores, training=training, target=scorer.loads())

@@ -13,7 +13,7 @@ from dipaco.saved import Doubles, Floats, Integers
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 TINY = 0.1  # of a fair share of the tokens: less is reported
-FEW_DOCUMENTS = 30  # held out for the router, per path: fewer are reported
+FEW_DOCUMENTS = 10  # held out for the router, per path: fewer are reported
 FEW_TOKENS = 1.0  # tokens per parameter of a path: fewer are reported. Compute-optimal are about 20
 
 

@@ -31,7 +31,7 @@ class RoutedLM(Workload):
     scorer: str = ""  # a finished run of as many paths, which score documents for router=discriminative
     base: str = ""  # a folder with a model, such as RUN/export: features by its hidden states. "" = by words
     prefix_tokens: int = 32  # of each document: what the router sees, and no perplexity counts
-    document_tokens: int = 1024  # of training documents, that k-means sees; 0 = the prefix, as in the paper
+    document_tokens: int = 1024  # of a document, that k-means sees and paths score; 0 = the prefix, and all of it
     overlap: int = 1  # every training document is in so many shards
     balance: float = 0.0  # no shard holds more than this times its fair share of tokens; 0 = no limit
     router_fraction: float = 0.005  # of the training documents, held out to score paths with

@@ -1,7 +1,7 @@
 """Routing of DiPaCo at equal inner steps: how documents come to paths, and how often a path is chosen.
 
     python -m experiments.benchmarks.dipaco_routing [--seeds 0,1,2] [--paths 4] [--quick] [--to DIR]
-        [--corpus botocore | --files 'a/*.txt,b/*.txt' [--domain-field F]]
+        [--corpus botocore | --files 'a/*.txt,b/*.txt' [--domain-field F]] [--router-fraction F] [--flat]
 
 First half: k-means, product k-means and discriminative re-sharding (arXiv:2403.10616, section 2.4), once and twice.
 The paper's order is discriminative < product k-means <= k-means. All are trained in the same three phases, each of a
@@ -58,6 +58,7 @@ class Sharding:
     lab: Lab
     paths: int
     router_fraction: float
+    flat: bool  # paths share nothing
     method: Method
 
     def config(self, row: str, seed: int, phase: int) -> RunConfig:
@@ -70,7 +71,7 @@ class Sharding:
             init_from=str(before) if before else base.init_from,
             inner=self._inner(last=phase == PHASES - 1),
             workload=self._workload(row, phase, before),
-            layout=Paths(levels=[isqrt(self.paths)] * 2),
+            layout=Paths(levels=[self.paths], private=["."]) if self.flat else Paths(levels=[isqrt(self.paths)] * 2),
             schedule=PathRounds(replicas=1),
             merge=Mean(by=MeanBy.examples),
         )
@@ -124,6 +125,7 @@ def more_options(parser: ArgumentParser) -> None:
     parser.add_argument("--files", default="", help="instead: paths or globs with commas between; a file is a domain")
     parser.add_argument("--domain-field", default="", help="of rows of .jsonl or .parquet files, instead of the file")
     parser.add_argument("--router-fraction", type=float, default=0.1, help="of the documents, held out to score (.1)")
+    parser.add_argument("--flat", action="store_true", help="paths share nothing, as in the paper's alternations")
     parser.add_argument("--inner-steps", type=common.positive, default=10, help="H (10)")
 
 
@@ -138,10 +140,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = max(lab.scale.steps // PHASES // given.inner_steps, 1) * given.inner_steps
     lab.scale = replace(lab.scale, steps=steps, sequence_length=128)  # also of what is scored: short pieces take long
     method = Method(islands=given.paths, inner_steps=given.inner_steps, outer_lr=0.7, momentum=0.8)
-    sharding = Sharding(lab=lab, paths=given.paths, router_fraction=given.router_fraction, method=method)
+    sharding = Sharding(
+        lab=lab, paths=given.paths, router_fraction=given.router_fraction, flat=given.flat, method=method
+    )
     losses, purity = first_half(sharding, seeds)
     text = table(losses, against=KMEANS)
-    more = {"purity": purity, "paths": given.paths, "corpus": given.files or given.corpus}
+    settings = {key: vars(given)[key] for key in ("paths", "router_fraction", "flat")}
+    more = {"purity": purity, "corpus": given.files or given.corpus, **settings}
     conclude(lab, benchmark="dipaco_routing", seeds=seeds, losses=losses, text=text, orders=ORDERS, more=more)
     return 0
 

@@ -122,7 +122,7 @@ def test_trained_paths_find_their_domains(folder: Path, tmp_path: Path) -> None:
     corpus = corpus_of(folder, after(run))
     source, aside = corpus.tokens.folder, corpus.router_documents
     before = corpus_of(folder, lm(router=RouterKind.domains))
-    documents, scores = Scorer.open(run.directory).scores(source, aside)
+    documents, scores = Scorer.open(run.directory).scores(source, aside, tokens=0)
     assert (scores.argmax(axis=1) == before.paths_of(documents)).mean() > 0.9
     assert corpus.table is not None
     training = np.flatnonzero(corpus.table.trains[:, 0] >= 0)
@@ -134,7 +134,7 @@ def test_trained_paths_find_their_domains(folder: Path, tmp_path: Path) -> None:
 def test_scores_are_of_the_exported_paths_on_whole_documents(first: Result, folder: Path) -> None:
     corpus = corpus_of(folder, lm(overlap=2))
     chosen = corpus.router_documents[:2]
-    documents, scores = Scorer.open(first.directory).scores(corpus.tokens.folder, chosen)
+    documents, scores = Scorer.open(first.directory).scores(corpus.tokens.folder, chosen, tokens=0)
     assert documents.tolist() == chosen.tolist() and scores.shape == (2, 4)
     for path in range(4):
         model: Any = AutoModelForCausalLM.from_pretrained(first.directory / "export" / f"path{path}")
@@ -147,6 +147,11 @@ def test_scores_are_of_the_exported_paths_on_whole_documents(first: Result, fold
                     nats = model(input_ids=piece[None, :-1]).logits[0].double().log_softmax(dim=1)
                 total += sum(nats[i - 1, piece[i]].item() for i in range(1, len(piece)) if start + i >= 24)
             assert scores[row, path] == pytest.approx(total / (len(tokens) - 24), rel=1e-5)
+    scorer = Scorer.open(first.directory)
+    few = scorer.scores(corpus.tokens.folder, chosen, tokens=33)[1]  # two pieces of each
+    assert (few != scores).all()
+    assert np.array_equal(few, scorer.scores(corpus.tokens.folder, chosen, tokens=64)[1])
+    assert np.array_equal(scores, scorer.scores(corpus.tokens.folder, chosen, tokens=10_000)[1])
 
 
 # two alternations
@@ -175,7 +180,7 @@ def test_what_scores_paths_is_never_trained_on(first: Result, folder: Path, tmp_
         loaded = dipaco.load(run.directory)
         assert loaded.route("owl heron jay the crow and finch of wren robin") in range(4)
         assert run.summary["data"]["routing"]["router"] == "discriminative"
-        assert any("router documents for 4 paths" in note for note in run.summary["notes"])
+        assert any("38 router documents for 4 paths are fewer than 10 each" in note for note in run.summary["notes"])
     features = [(run.directory / "export/router/features.npz").read_bytes() for run in (first, second, third)]
     assert features[0] == features[1] == features[2]
 
