@@ -23,18 +23,21 @@ class Anchors:
         """Another source comes."""
         self.values, self.versions = {}, {}
 
-    def initial(self, modules: Modules, keys: Sequence[ModuleKey], values: Tensors | None) -> list[Snapshot]:
-        """The model's present values, or `values`, as version 0 of these modules."""
+    def initial(
+        self, modules: Modules, keys: Sequence[ModuleKey], values: Mapping[ModuleKey, Tensors] | None
+    ) -> list[Snapshot]:
+        """The model's present values, or each module's own in `values`, as version 0 of these modules."""
         snapshots = []
         for key in keys:
             names = modules.slots[modules.slot_of(key)]
             own = self._replica.read(names)
             if values is not None:
-                wrong = [n for n in names if n not in values or values[n].shape != own[n].shape]
+                given = values[key]
+                wrong = [n for n in names if n not in given or given[n].shape != own[n].shape]
                 if wrong:
                     shape = tuple(own[wrong[0]].shape)
                     raise ValueError(f"init_from lacks parameter {wrong[0]} in the model's shape {shape}")
-                own = {name: values[name] for name in names}
+                own = {name: given[name] for name in names}
             snapshots.append(Snapshot(module=key, version=0, base_version=None, payload=self._full.encode(own)))
         return snapshots
 

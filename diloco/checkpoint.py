@@ -16,7 +16,7 @@ import fsspec
 import safetensors.torch
 import torch
 
-from diloco.messages import ModuleKey, Modules, Shape, SourceId, State, Tensors
+from diloco.messages import ModuleKey, Modules, Shape, SourceId, State
 from diloco.workers import World
 
 Empty = Callable[[str, Shape, torch.dtype], torch.Tensor]  # name, shape, dtype -> what to read a tensor into
@@ -179,29 +179,6 @@ def read_source(folder: str, source: SourceId, empty: Empty | None = None) -> St
         return sharded.read(f"{folder}/sources/{source}", empty or _full)
     whole = fs.exists(f"{plain}/state.safetensors")
     return _read(f"{folder}/sources/{source}/state.safetensors") if whole else None
-
-
-def read_values(folder: str) -> Tensors:
-    """Float32 values by parameter name: of a checkpoint's modules, or of all safetensors files in another folder.
-
-    Raises ValueError where there are none.
-    """
-    values: Tensors = {}
-    fs, plain = fsspec.core.url_to_fs(folder)
-    if not fs.exists(f"{plain}/{MANIFEST}"):
-        for path in sorted(fs.glob(f"{plain}/*.safetensors")):
-            with fs.open(path, "rb") as file:
-                values |= {name: value.float() for name, value in safetensors.torch.load(file.read()).items()}
-        if not values:
-            raise ValueError(f"init_from={folder} holds no run and no *.safetensors; give a run or an exported model")
-        return values
-    with fsspec.open(f"{folder}/{MANIFEST}", "r") as file:
-        files = json.load(file)["files"]
-    for path in sorted(files):
-        if path.startswith("modules/"):
-            tensors = _read(f"{folder}/{path}").tensors
-            values |= {n.removeprefix("values/"): t for n, t in tensors.items() if n.startswith("values/")}
-    return values
 
 
 def module_path(key: ModuleKey) -> str:

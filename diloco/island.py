@@ -88,7 +88,7 @@ class Island:
         """All of the model's parameters, frozen ones too; a tied one counts once."""
         return sum(p.numel() for p in self._replica.model.parameters())
 
-    def initial(self, keys: Sequence[ModuleKey], values: Tensors | None = None) -> list[Snapshot]:
+    def initial(self, keys: Sequence[ModuleKey], values: Mapping[ModuleKey, Tensors] | None = None) -> list[Snapshot]:
         """The model's present values, or `values`, as version 0 of these modules: what the store is filled with.
 
         Raises ValueError where `values` lacks a parameter or has another shape.

@@ -11,8 +11,9 @@ import numpy as np
 
 from diloco.data import TokenCorpus
 from dipaco import shards as sharding
+from dipaco.dealing import routed
 from dipaco.documents import Pieces
-from dipaco.routing import Settings, Table, routed
+from dipaco.routing import RouterKind, Settings, Table
 from dipaco.saved import Integers
 from dipaco.specialities import specialities
 
@@ -49,6 +50,8 @@ class RoutedCorpus:
         tokens = [int(sizes[documents].sum()) for documents in self._own]
         self.warnings = prefixes + sharding.check_shards(tokens, needed=length + 1, balance=settings.balance)
         self.warnings += sharding.few_tokens(tokens, parameters=parameters)
+        if settings.router is RouterKind.discriminative:
+            self.warnings += sharding.few_for_router(len(self.router_documents), settings.paths)
         assignment = sharding.deal_replicas(self._own, sizes, shards)
         _ = self.stop_pieces  # raises where a path has none
         self.tokens = TokenCorpus(whole.data, seed=settings.seed, shards=shards, assignment=assignment)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+TOKENS_AT_ONCE = 1024  # at least as many are read at once, in short pieces too
 UNCOUNTED = -100  # what cross_entropy ignores
 
 
@@ -50,12 +51,17 @@ class Pieces:
         kept = min(count, available)
         self._keep(np.arange(kept) * available // max(1, kept))
 
+    def shorten(self, tokens: int) -> None:
+        """Keep what begins within the first `tokens` tokens of a document."""
+        self._keep(np.flatnonzero(self._starts < tokens))
+
     def log_likelihoods(self, model: nn.Module, indices: Array) -> Doubles:
         """float64[len(indices)]: the sum over each piece's counted tokens, in nats. The model's mode is kept."""
         found = np.zeros(len(indices))
         with evaluating(model):
-            for first in range(0, len(indices), EVALUATION_BATCH):
-                chunk = indices[first : first + EVALUATION_BATCH]
+            size = max(EVALUATION_BATCH, TOKENS_AT_ONCE // self._length)
+            for first in range(0, len(indices), size):
+                chunk = indices[first : first + size]
                 found[first : first + len(chunk)] = -self._losses(model, chunk).sum(dim=1).double().cpu().numpy()
         return found
 
@@ -81,6 +87,15 @@ class Pieces:
                 counted = (columns < ends) & (columns >= ends - self.tokens[chunk][:, None])  # the last of each piece
                 found.append(-losses[counted])
         return np.concatenate(found)
+
+    def document_scores(self, model: nn.Module) -> Doubles:
+        """float64[documents]: mean log-likelihood of the counted tokens of each document that has some, by index.
+
+        In nats. S_p of arXiv:2403.10616, section 2.4.2, where `model` is path p, divided by the document's length.
+        """
+        _, places = np.unique(self.documents, return_inverse=True)
+        sums = np.bincount(places, self.log_likelihoods(model, np.arange(len(self))))
+        return np.asarray(sums / np.bincount(places, self.tokens), dtype=np.float64)
 
     def _losses(self, model: nn.Module, indices: Sequence[int] | Array) -> Tensor:
         """float32[pieces, longest]: of each target, 0 where it is padding or prefix."""

@@ -196,10 +196,10 @@ def balancing_bias(scores: Floats, target: Doubles) -> Floats:
         for _ in range(BIAS_STEPS):
             shifted = scores + bias
             loads = np.bincount(shifted.argmax(axis=1), minlength=len(target)) / len(scores)
-            miss = float((np.abs(loads - target) / wanted)[target > 0].max())
-            if miss < closest:
-                closest, found = miss, bias.copy()
-            if miss <= BIAS_TOLERANCE / 2:  # half: float32 and ties move a few documents
+            misses = (np.abs(loads - target) / wanted)[target > 0]
+            if misses.sum() < closest:  # the sum: where two paths have equal scores, one of them misses all in any case
+                closest, found = float(misses.sum()), bias.copy()
+            if misses.max() <= BIAS_TOLERANCE / 2:  # half: float32 and ties move a few documents
                 return found.astype(np.float32)
             soft = np.exp((shifted - shifted.max(axis=1, keepdims=True)) / temperature)
             soft /= soft.sum(axis=1, keepdims=True)

@@ -14,6 +14,7 @@ Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 TINY = 0.1  # of a fair share of the tokens: less is reported
 SHORT = 0.2  # of the validation documents: as many without a token after the prefix are reported
+FEW_DOCUMENTS = 10  # held out for the router, per path: fewer are reported
 FEW_TOKENS = 1.0  # tokens per parameter of a path: fewer are reported. Compute-optimal are about 20
 
 
@@ -186,4 +187,14 @@ def few_tokens(tokens: list[int], *, parameters: int) -> list[str]:
         f"{len(tokens)} paths share {sum(tokens)} tokens: the smallest has {least}, {least / parameters:.2g} for each "
         f"of a path's {parameters} parameters, so paths may overfit: use fewer paths, workload.overlap=2, shared "
         "levels or more data"
+    ]
+
+
+def few_for_router(documents: int, paths: int) -> list[str]:
+    """A warning where few documents were held out to tell paths apart."""
+    if documents >= FEW_DOCUMENTS * paths:
+        return []
+    return [
+        f"{documents} router documents for {paths} paths are fewer than {FEW_DOCUMENTS} each, which teach a router "
+        "little: raise workload.router_fraction in this run and in its workload.scorer"
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from diloco.workloads.causal_lm import CausalLM
 from dipaco.corpus import RoutedCorpus
 from dipaco.documents import Pieces
 from dipaco.routing import RouterKind, Settings
-from dipaco.saved import Doubles, Integers
+from dipaco.saved import Integers
 
 
 @dataclass(kw_only=True)
@@ -28,20 +27,21 @@ class RoutedLM(Workload):
     model: str = "tiny"  # as causal_lm's: a preset, or a folder or hub id
     trust_remote_code: bool = False
     paths: int = 0  # that documents are routed to; 0 = as many as the layout has
-    router: RouterKind = RouterKind.kmeans  # kmeans, product, file, domains (true ones) or iid (at random)
+    router: RouterKind = RouterKind.kmeans  # kmeans, product, discriminative, file, domains (true ones) or iid (random)
     router_file: str = ""  # the folder of a saved router, for router=file
+    scorer: str = ""  # a finished run of as many paths, which score documents for router=discriminative
     base: str = ""  # a folder with a model, such as RUN/export: features by its hidden states. "" = by words
     prefix_tokens: int = 32  # of each document: what the router sees, and no perplexity counts
-    document_tokens: int = 1024  # of training documents, that k-means sees; 0 = the prefix, as in the paper
+    document_tokens: int = 1024  # of a document, that k-means sees and paths score; 0 = the prefix, and all of it
     overlap: int = 1  # every training document is in so many shards
     balance: float = 0.0  # shards hold at most this times their fair share of tokens, at least a 1/this of it; 0 = any
     router_fraction: float = 0.005  # of the training documents, held out to score paths with
     stop_fraction: float = 0.0  # of them, held out to tell each path's best round: early stopping; 0 = the last counts
 
     def __post_init__(self) -> None:
-        for name in ("router_file", "base"):
-            if vars(self)[name]:  # workers may start in another folder
-                setattr(self, name, os.path.abspath(os.path.expanduser(vars(self)[name])))
+        for name in ("router_file", "base", "scorer"):
+            if vars(self)[name]:  # workers may start in another folder, and runs/latest is soon another run
+                setattr(self, name, os.path.realpath(os.path.expanduser(vars(self)[name])))
         for name, least in (("paths", 0), ("prefix_tokens", 1), ("document_tokens", 0), ("overlap", 1)):
             if vars(self)[name] < least:
                 raise ValueError(f"workload.{name}={vars(self)[name]}: it must be at least {least}")
@@ -67,6 +67,11 @@ class RoutedLM(Workload):
             raise ValueError(
                 f"workload.router={self.router.value} with workload.router_file={self.router_file!r}: router=file "
                 "takes the folder of a saved router, and the others take none"
+            )
+        if (self.router is RouterKind.discriminative) != bool(self.scorer):
+            raise ValueError(
+                f"workload.router={self.router.value} with workload.scorer={self.scorer!r}: router=discriminative "
+                "takes the directory of a finished run, and the others take none"
             )
         if self.router in (RouterKind.domains, RouterKind.iid) and (self.overlap > 1 or self.balance):
             raise ValueError(
@@ -99,6 +104,7 @@ class RoutedLM(Workload):
             router_fraction=self.router_fraction,
             stop_fraction=self.stop_fraction,
             router_file=self.router_file,
+            scorer=self.scorer,
             seed=seed,
         )
         whole = self._language().corpus(data, seed=seed, shards=shards if self.paths == 1 else 1)
@@ -174,19 +180,6 @@ class RoutedLM(Workload):
 
     def _language(self) -> CausalLM:
         return CausalLM(model=self.model, trust_remote_code=self.trust_remote_code)
-
-
-def document_scores(model: nn.Module, corpus: Corpus, documents: Integers | Sequence[int]) -> Doubles:
-    """float64[documents]: the log-likelihood of each whole document without its prefix, in nats.
-
-    S_p of arXiv:2403.10616, section 2.4.2, where `model` is path p; 0 for a document that is all prefix.
-    """
-    wanted = np.asarray(documents, dtype=np.int64)
-    distinct, places = np.unique(wanted, return_inverse=True)
-    pieces = _routed(corpus).pieces(distinct)
-    scores = pieces.log_likelihoods(model, np.arange(len(pieces)))
-    owner = np.searchsorted(distinct, pieces.documents)
-    return np.bincount(owner, scores, minlength=len(distinct))[places].astype(np.float64)
 
 
 def _mean_loss(model: nn.Module, pieces: Pieces, indices: Integers) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -23,8 +23,9 @@ from yaml import YAMLError
 
 from diloco import config as configuration
 from diloco.config import RunConfig
+from experiments import references
 from experiments.mistakes import Mistake, explain, first_lines, group_without_choice
-from experiments.schema import RUN_KEYS, Composed, refuse_additions
+from experiments.schema import RUN_KEYS, refuse_additions
 
 CONFIGS = "experiments.conf"
 NOT_OF_A_MEMBER = ("experiment", "members", "resume")
@@ -47,8 +48,16 @@ class Member:
     overrides: dict[str, str]  # all of them: key -> value
     varying: tuple[str, ...]  # the keys that a sweep is over
     name: str = ""  # of a member of an experiment
+    builds_on: tuple[str, ...] = ()  # earlier members whose directories `values` name, as @NAME
     values: DictConfig
-    config: RunConfig
+    config: RunConfig  # checked; where members are named, not yet what is to be run: see `placed`
+
+    def placed(self, folders: Mapping[str, Path]) -> RunConfig:
+        """The configuration with the directories of the members that it names. Raises Mistake."""
+        if not self.builds_on:
+            return self.config
+        with _explained(()):
+            return _config(references.placed(self.values, folders))
 
 
 def look_here() -> str:
@@ -82,20 +91,23 @@ def single(request: Request) -> Member:
 def named(request: Request) -> list[Member]:
     """The members of the experiment that is asked for, in its order; none where it is one run. Raises Mistake.
 
-    What the command line gives holds for all of them, also where a member has something else.
+    What the command line gives holds for all of them, also where a member has something else. A value that is or begins
+    with @NAME stands for the directory of an earlier member.
     """
     with _hydra(request) as overrides:
         parsed = _parsed(overrides)
         common = _composed(parsed, request)
         first = [override for override in parsed if override.key_or_group == "experiment"]
         rest = [override for override in parsed if override not in first]
-        found = []
+        found: list[Member] = []
         for name, lines in common.members.items():
             try:
                 own = _parsed(lines)
                 if common.resume or any(override.key_or_group in NOT_OF_A_MEMBER for override in own):
                     raise Mistake("it can neither go on with a run nor have members of its own")
-                found.append(_member([*first, *own, *rest], request, name=str(name)))
+                member = _member([*first, *own, *rest], request, name=str(name))
+                references.check_references(member.values, [other.name for other in found])
+                found.append(member)
             except Mistake as error:
                 raise Mistake(f"member {name}: {error}") from error
         return found
@@ -177,13 +189,21 @@ def _member(parsed: list[Override], request: Request, *, varying: tuple[str, ...
     """Compose and check one run."""
     values = _composed(parsed, request)
     with _explained([str(override.input_line) for override in parsed], request.config_dir):
-        composed = OmegaConf.to_object(values)
-        assert isinstance(composed, Composed)
-        config = RunConfig(**{key: vars(composed)[key] for key in RUN_KEYS})
-        config.metrics.check()
+        shown = OmegaConf.masked_copy(values, list(RUN_KEYS))
+        config = _config(shown)
+        named = references.references(shown) if name else {}
+        if not any(key.startswith("metrics.") for key in named):
+            config.metrics.check()
     told = {o.get_key_element().lstrip("+"): _text(o) for o in parsed if not o.is_hydra_override()}
-    shown = OmegaConf.masked_copy(values, list(RUN_KEYS))
-    return Member(overrides=told, varying=varying, name=name, values=shown, config=config)
+    on = tuple(dict.fromkeys(named.values()))
+    return Member(overrides=told, varying=varying, name=name, builds_on=on, values=shown, config=config)
+
+
+def _config(values: DictConfig) -> RunConfig:
+    """The objects themselves. Raises what they raise."""
+    found = OmegaConf.to_object(values)
+    assert isinstance(found, dict)
+    return RunConfig(**{str(key): value for key, value in found.items()})
 
 
 def _composed(parsed: list[Override], request: Request) -> DictConfig:

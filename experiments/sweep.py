@@ -37,11 +37,14 @@ def run_sweep(members: Sequence[Member]) -> int:
     directory.mkdir(parents=True)
     rundir.point_latest(directory)
     rows: list[Row] = []
+    folders: dict[str, Path] = {}  # of the named members that have finished
     try:
         for number, member in enumerate(members):
             print(f"\nrun {number + 1} of {len(members)}: {_label(member) or 'as given'}", flush=True)
             folder = directory / folder_name(number, member, len(members))
-            status, reason = _run(member, folder)
+            status, reason = _run(member, folder, folders)
+            if status == "finished":
+                folders[member.name] = folder
             rows.append(_row(member, folder, status, reason))
             write_csv(directory / FILE, rows)
             if status == "interrupted":
@@ -81,10 +84,14 @@ def _label(member: Member, *, separator: str = " ") -> str:
     return member.name or separator.join(f"{key}={member.overrides[key]}" for key in member.varying)
 
 
-def _run(member: Member, folder: Path) -> tuple[str, str]:
-    """One member: its status and, where it did not finish, why."""
+def _run(member: Member, folder: Path, finished: Mapping[str, Path]) -> tuple[str, str]:
+    """One member: its status and, where it did not finish, why. It does not run where it builds on one that did not."""
+    lacking = [name for name in member.builds_on if name not in finished]
+    if lacking:
+        print(f"not run: it builds on {lacking[0]}, which did not finish", file=sys.stderr)
+        return "not run", f"builds on member {lacking[0]}, which did not finish"
     try:
-        summary = attempt(member.config, folder).summary
+        summary = attempt(member.placed(finished), folder).summary
         return str(summary["status"]), str(summary["reason"])
     except Mistake as mistake:
         print(f"failed: {first_lines(mistake)}", file=sys.stderr)

@@ -14,6 +14,7 @@ from diloco import resume
 from diloco.config import RunConfig
 from diloco.messages import Tensors
 from diloco.replica import Single
+from diloco.starting import read_values
 from diloco.workload import Corpus
 from experiments.composition import look_here
 
@@ -80,6 +81,6 @@ def _values(config: RunConfig, run: Path) -> tuple[Tensors, str]:
     """Values by parameter name, and the digest of the data that they were trained on, where it is known."""
     checkpoints = ckpt.CheckpointFolder(resume.checkpoint_root(config, run))
     if not checkpoints.names() and list(run.glob("export/*.safetensors")):
-        return ckpt.read_values(str(run / "export")), ""
+        return read_values(str(run / "export")), ""
     path, manifest = checkpoints.newest()
-    return ckpt.read_values(path), str(manifest["data_sha256"])
+    return read_values(path), str(manifest["data_sha256"])

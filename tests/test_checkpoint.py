@@ -22,12 +22,12 @@ from diloco.checkpoint import (
     describe_modules,
     read_modules,
     read_source,
-    read_values,
     write_modules,
     write_source,
 )
 from diloco.layout import Whole, single_path
 from diloco.messages import ModuleKey, Shape, SourceId, State
+from diloco.starting import read_values
 from tests.toy import Line, digests, launch, records, warned
 
 SHAPES: dict[str, Shape] = {"a": (3,), "b": (2, 2), "c": ()}

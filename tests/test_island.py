@@ -205,12 +205,14 @@ def test_given_values_fill_the_store_instead() -> None:
     island = make_island()
     modules = Whole().build(island.shapes(), 2)
     given = values_of(snapshots(island, seed=9)) | {"more": torch.ones(2)}
-    assert bits(values_of(island.initial(list(modules.shards), given))) == bits({n: given[n] for n in island.shapes()})
+    keys = list(modules.shards)
+    found = values_of(island.initial(keys, dict.fromkeys(keys, given)))
+    assert bits(found) == bits({n: given[n] for n in island.shapes()})
     short = {name: value for name, value in given.items() if name != "first.bias"}
     with pytest.raises(ValueError, match=r"first\.bias"):
-        island.initial(list(modules.shards), short)
+        island.initial(keys, dict.fromkeys(keys, short))
     with pytest.raises(ValueError, match=r"first\.weight.*\(4, 4\)"):
-        island.initial(list(modules.shards), given | {"first.weight": torch.ones(4, 5)})
+        island.initial(keys, dict.fromkeys(keys, given | {"first.weight": torch.ones(4, 5)}))
 
 
 def test_tied_weights_are_stored_and_sent_once() -> None:

@@ -119,10 +119,18 @@ def _read_member(directory: Path, row: Mapping[str, str] | None, trained: bool) 
     run = _read_run(directory) if trained else Run(directory=directory, status="failed")
     if not trained and row is not None:
         overrides = list(row)[: list(row).index("directory")]
-        run = replace(run, config={key: yaml.safe_load(row[key]) for key in overrides})
+        run = replace(run, config={key: _value(row[key]) for key in overrides})
     status = row["status"] if row is not None and row.get("status") else run.status
     reason = (row or {}).get("reason") or run.reason
     return replace(run, label=re.sub(r"^\d+_", "", directory.name), status=status, reason=reason)
+
+
+def _value(text: str) -> object:
+    """An override's value, as it was given: one like @first is no YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _read_run(directory: Path) -> Run:

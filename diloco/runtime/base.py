@@ -144,7 +144,7 @@ class Backend(ABC):
 
     @abstractmethod
     def fill(self, init_from: str) -> Mapping[IslandId, list[ModuleKey]]:
-        """Fill the store with the model's initial values, or with those that `checkpoint.read_values` finds there.
+        """Fill the store with the model's initial values, or with those of `starting.StartingValues`.
 
         Returns who has them already, having built the same model: of which modules.
         """

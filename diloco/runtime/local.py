@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -44,6 +45,7 @@ from diloco.messages import (
     Turn,
 )
 from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, one_each, placed
+from diloco.starting import StartingValues
 from diloco.workers import World
 
 
@@ -108,7 +110,7 @@ class LocalBackend(Backend):
         self._begun: set[IslandId] = set()  # that had a task
         self._clock_s = 0.0
         self._events: list[tuple[float, int, Event | Callable[[], Event]]] = []
-        self._count = 0
+        self._count = itertools.count()
         self._interrupted = False
 
     def shapes(self) -> dict[str, Shape]:
@@ -120,8 +122,7 @@ class LocalBackend(Backend):
     def setup(self, modules: Modules) -> None:
         """Makes islands and shards."""
         self._modules = modules
-        for index in range(self._job.islands):
-            self._islands[IslandId(index)] = self._make_island()
+        self._islands |= {IslandId(index): self._make_island() for index in range(self._job.islands)}
         for island in self._islands.values():
             island.setup(modules)
         self._shards = [self._job.make_store() for _ in range(self._job.shards)]
@@ -130,10 +131,11 @@ class LocalBackend(Backend):
 
     def fill(self, init_from: str) -> Mapping[IslandId, list[ModuleKey]]:
         """From the evaluator's fresh model."""
-        values = ckpt.read_values(init_from) if init_from else None
+        starting = StartingValues(init_from, self._modules) if init_from else None
         digests: dict[ModuleKey, str] = {}
         for index, shard in enumerate(self._shards):
-            digests |= shard.fill(self._islands[EVALUATOR].initial(placed(self._modules, index), values))
+            keys = placed(self._modules, index)
+            digests |= shard.fill(self._islands[EVALUATOR].initial(keys, starting.of(keys) if starting else None))
         return {number: island.adopt(digests) for number, island in self._islands.items()}
 
     def load(self, checkpoint: str, sources: Mapping[SourceId, int], now_s: float) -> None:
@@ -292,8 +294,7 @@ class LocalBackend(Backend):
         self._later(heard_s - self._clock_s, event)
 
     def _later(self, delay_s: float, event: Event | Callable[[], Event]) -> None:
-        self._count += 1
-        heapq.heappush(self._events, (self._clock_s + delay_s, self._count, event))
+        heapq.heappush(self._events, (self._clock_s + delay_s, next(self._count), event))
 
 
 def _of_islands(numbers: list[float]) -> dict[IslandId, float]:

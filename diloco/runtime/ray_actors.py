@@ -39,6 +39,7 @@ from diloco.messages import (
 )
 from diloco.runtime.base import LOADED, Job
 from diloco.runtime.kept import Kept, pack, unpack
+from diloco.starting import StartingValues
 
 
 class WorkerShell:
@@ -80,13 +81,14 @@ class WorkerShell:
 
     def setup(self, modules: Modules) -> str:
         """Returns the node that this actor runs on."""
+        self._modules = modules
         self._island.setup(modules)
         return _node()
 
     def initial(self, groups: Sequence[Sequence[ModuleKey]], init_from: str) -> Any:
         """Version 0 of these modules, one list of snapshots for each group (a shard of the store)."""
-        values = ckpt.read_values(init_from) if init_from else None
-        parts = [self._island.initial(keys, values) for keys in groups]
+        starting = StartingValues(init_from, self._modules) if init_from else None
+        parts = [self._island.initial(keys, starting.of(keys) if starting else None) for keys in groups]
         return parts if len(parts) > 1 else parts[0]
 
     def adopt(self, digests: Mapping[ModuleKey, str]) -> list[ModuleKey]:

@@ -33,6 +33,7 @@ from diloco.runtime.base import LOADED, Job, placed
 from diloco.runtime.spmd_exchange import Exchange, Transfer
 from diloco.runtime.spmd_orders import Adopt, Answer, Build, Fill, Finish, Go, Hello, Load, Order, SetUp, Write
 from diloco.runtime.spmd_start import Meeting, Place, Roster
+from diloco.starting import StartingValues
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -94,9 +95,10 @@ class Member:
 
     def make_initial(self, init_from: str) -> None:
         """On rank 0: what all are filled with."""
-        values = ckpt.read_values(init_from) if init_from else None
+        starting = StartingValues(init_from, self._modules) if init_from else None
+        held = [self._held_by(island) for island in range(self._job.islands)]
         evaluator = self._islands[EVALUATOR]
-        self._initial = [evaluator.initial(self._held_by(island), values) for island in range(self._job.islands)]
+        self._initial = [evaluator.initial(keys, starting.of(keys) if starting else None) for keys in held]
 
     def close(self) -> None:
         """Leave the others; gives torch its threads back."""

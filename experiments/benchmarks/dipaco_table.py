@@ -20,6 +20,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from diloco import RunConfig
+from diloco.data import Data
 from diloco.merge import Mean, MeanBy
 from dipaco.paths import Paths
 from dipaco.routing import RouterKind
@@ -88,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--paths {given.paths} is no product of two levels: use 4, 8 or 16")
     seeds = opened(given)[1]
     texts = kinds.files(given.to.absolute() / "kinds", min(given.paths, len(kinds.KINDS)))
-    lab = Lab(given.to, QUICK_SCALE if given.quick else FULL, texts=texts)
+    data = Data(files=[str(path) for path in texts], domain_field="domain")
+    lab = Lab(given.to, QUICK_SCALE if given.quick else FULL, data)
     losses: dict[str, list[float]] = {name: [] for name in rows(given.paths, quick=given.quick)}
     purity: list[float] = []
     for seed in seeds:

@@ -85,10 +85,9 @@ class Method:
 class Lab:
     """Trains methods in a folder and remembers what came out; a run that is there already is not done again."""
 
-    def __init__(self, folder: Path, scale: Scale, *, texts: Sequence[Path] = ()) -> None:
-        """`texts`: files with the fields `text` and `domain`, in the place of the Python installation's."""
-        self.folder, self.scale = folder.absolute(), scale
-        self._texts = [str(path) for path in texts]
+    def __init__(self, folder: Path, scale: Scale, data: Data | None = None) -> None:
+        """`data`: where the documents come from, if not from the Python installation; it is cut as `scale` says."""
+        self.folder, self.scale, self._data = folder.absolute(), scale, data or Data()
         self.rows: list[dict[str, Any]] = []  # of metrics.csv: each run that was asked for
 
     def loss(self, label: str, method: Method, seed: int, chosen: RunConfig | None = None) -> float:
@@ -129,9 +128,8 @@ class Lab:
             eval_every=method.eval_every,
             init_from=init_from,
             workload=CausalLM(model="micro"),
-            data=Data(
-                files=self._texts,
-                domain_field="domain" if self._texts else "",
+            data=replace(
+                self._data,
                 tokenizer="bytes",
                 batch=scale.batch * method.times_batch,
                 sequence_length=scale.sequence_length,
@@ -157,19 +155,22 @@ class Lab:
         method = Method(times_batch=PRETRAIN_BATCHES)
         base = self.config(method, seed + PRETRAIN_SEED, init_from="")
         inner = AdamW(lr=method.lr, warmup_steps=self.scale.warmup_steps, rate=RateSchedule.constant)
-        chosen = replace(base, inner=inner, inner_steps=self.scale.pretrain_steps)
-        self.summary(chosen, keep_checkpoint=True)
+        return self.kept(replace(base, inner=inner, inner_steps=self.scale.pretrain_steps))
+
+    def kept(self, chosen: RunConfig) -> Path:
+        """The directory of a run, done now unless it was, with checkpoint and export: to build on."""
+        self.summary(chosen, keep=True)
         return self._directory(chosen)
 
     def _directory(self, chosen: RunConfig) -> Path:
         digest = hashlib.sha256(config.to_yaml(chosen).encode()).hexdigest()[:12]
         return self.folder / f"seed{chosen.seed}_k{chosen.islands}_h{chosen.inner_steps}_{digest}"
 
-    def summary(self, chosen: RunConfig, *, keep_checkpoint: bool = False) -> dict[str, Any]:
-        """summary.json of this configuration's run, done now unless it was."""
+    def summary(self, chosen: RunConfig, *, keep: bool = False) -> dict[str, Any]:
+        """summary.json of this configuration's run, done now unless it was; see `kept`."""
         directory = self._directory(chosen)
         file = directory / "summary.json"
-        if file.is_file():
+        if file.is_file() and (not keep or (directory / "export").is_dir()):
             found: dict[str, Any] = json.loads(file.read_text())
             if found["status"] in ("finished", "stopped"):
                 return found
@@ -178,9 +179,8 @@ class Lab:
             summary = train(chosen, directory).summary
         if summary["status"] == "interrupted":
             raise KeyboardInterrupt
-        if not keep_checkpoint:
-            shutil.rmtree(directory / "checkpoints")
-        shutil.rmtree(directory / "export", ignore_errors=True)
+        for name in () if keep else ("checkpoints", "export"):
+            shutil.rmtree(directory / name, ignore_errors=True)
         return summary
 
 
@@ -225,10 +225,10 @@ def arguments(about: str, argv: Sequence[str] | None) -> tuple[Lab, list[int]]:
     return opened(options(about).parse_args(argv))
 
 
-def opened(given: argparse.Namespace) -> tuple[Lab, list[int]]:
-    """What `options` read: the lab to work in, and the seeds."""
+def opened(given: argparse.Namespace, data: Data | None = None) -> tuple[Lab, list[int]]:
+    """What `options` read: the lab to work in, with documents as `data` says, and the seeds."""
     seeds = [0] if given.quick else [int(seed) for seed in given.seeds.split(",")]
-    return Lab(given.to, QUICK if given.quick else FULL), seeds
+    return Lab(given.to, QUICK if given.quick else FULL, data), seeds
 
 
 def table(losses: Mapping[str, Sequence[float]], *, against: str) -> str:

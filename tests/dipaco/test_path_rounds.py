@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from diloco.checkpoint import read_source, read_values
+from diloco.checkpoint import read_source
 from diloco.config import register
 from diloco.inner import AdamW, Sgd
 from diloco.layout import Whole
@@ -21,6 +21,7 @@ from diloco.outer import Nesterov
 from diloco.runtime.base import Store
 from diloco.runtime.local import Local
 from diloco.schedule import Barrier
+from diloco.starting import read_values
 from dipaco.paths import Paths
 from dipaco.schedule import PathRounds
 from tests.toy import Line, Signalling, digests, launch, records

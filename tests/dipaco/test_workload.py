@@ -1,4 +1,4 @@
-"""routed_lm: shards by router, evaluation by path, re-sharding, and what is refused."""
+"""routed_lm: shards by router, evaluation by path, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from diloco.config import RunConfig, load, to_yaml
 from diloco.messages import ShardId
 from diloco.workload import Workload
 from diloco.workloads.causal_lm import CausalLM
-from dipaco import routing
+from dipaco import dealing, routing
 from dipaco.corpus import RoutedCorpus
-from dipaco.reshard import reshard
-from dipaco.routing import RouterKind, Routing
-from dipaco.workload import RoutedLM, document_scores
+from dipaco.routing import RouterKind
+from dipaco.workload import RoutedLM
 from experiments.composition import Request, single
 from experiments.mistakes import Mistake
 from tests.dipaco import planted
@@ -122,7 +121,7 @@ def test_a_routing_is_a_function_of_settings_and_seed(
     def never(*_: object) -> None:
         raise AssertionError("it was made before")
 
-    monkeypatch.setattr(routing, "_make", never)
+    monkeypatch.setattr(dealing, "_make", never)
     again = corpus_of(folder, lm())
     assert again.sha256 == corpus.sha256 and again.describe() == corpus.describe()
     for settings in ({"prefix_tokens": 25}, {"document_tokens": 99}, {"overlap": 3}, {"balance": 2.5}):
@@ -141,8 +140,7 @@ def test_several_may_ask_at_once(folder: Path, corpus: RoutedCorpus, tmp_path: P
 
 
 def test_a_document_is_scored_whole_but_for_its_prefix(corpus: RoutedCorpus, model: nn.Module) -> None:
-    documents = [3, 50, 3]
-    assert isinstance(model, nn.Module)
+    documents = [3, 50]
     expected = []
     for document in documents:
         tokens = torch.from_numpy(corpus.tokens.folder.document(document).astype(np.int64))
@@ -154,8 +152,8 @@ def test_a_document_is_scored_whole_but_for_its_prefix(corpus: RoutedCorpus, mod
             for place in range(1, len(piece)):
                 if start + place >= 24:  # the first 24 are the prefix
                     total += nats[place - 1, piece[place]].item()
-        expected.append(total)
-    found = document_scores(model, corpus, documents)
+        expected.append(total / (len(tokens) - 24))
+    found = corpus.pieces(np.array([50, 3])).document_scores(model)  # in order of document
     assert found.dtype == np.float64 and found == pytest.approx(expected, rel=1e-5)
     assert model.training  # as before
 
@@ -224,40 +222,7 @@ def test_the_rest_is_causal_lms(corpus: RoutedCorpus, model: nn.Module, tmp_path
     assert isinstance(ours, Workload) and ours.state().tensors == {}
 
 
-# re-sharding, saved routers, a base model
-
-
-def test_resharding_by_the_best_path(folder: Path, tmp_path: Path) -> None:
-    """Paths that know a domain each win its documents, wherever these were before."""
-    workload = lm(router=RouterKind.iid, router_fraction=0.3)
-    corpus = corpus_of(folder, workload)
-    domains = corpus.tokens.folder.domains[corpus.router_documents]
-    scores = np.where(np.eye(4, dtype=bool)[domains], -100.0, -120.0)
-    made = reshard(corpus, scores, tmp_path / "router")
-    after = corpus_of(folder, lm(router=RouterKind.file, router_file=str(tmp_path / "router")))
-    assert after.table is not None and isinstance(after.table.routing, Routing)
-    found: Any = after.describe()["routing"]
-    assert found["training"]["purity"] > 0.75 and found["validation"]["purity"] > 0.7
-    texts = routing.texts(after.tokens.folder, np.arange(20))
-    assert np.array_equal(made.paths(texts), after.table.routing.paths(texts))
-    assert np.array_equal(made.paths(texts), after.paths_of(np.arange(20)))
-    target = np.array([0.4, 0.3, 0.2, 0.1])
-    reshard(corpus, scores, tmp_path / "uneven", target=target)
-    uneven = corpus_of(folder, lm(router=RouterKind.file, router_file=str(tmp_path / "uneven"), router_fraction=0.3))
-    documents = np.array([len(own) for own in uneven.tokens.assignment])
-    assert np.abs(documents / documents.sum() - target).max() <= 0.01 + 1 / documents.sum()
-
-
-def test_what_cannot_be_resharded(folder: Path, corpus: RoutedCorpus, tmp_path: Path) -> None:
-    count = len(corpus.router_documents)
-    for scores in (np.zeros((count, 3)), np.zeros((2, 4)), np.full((count, 4), np.nan)):
-        with pytest.raises(ValueError, match=f"give a finite log-likelihood for each of {count} router documents"):
-            reshard(corpus, scores, tmp_path)
-    none = corpus_of(folder, lm(router_fraction=0.0))
-    with pytest.raises(ValueError, match=r"0 router documents for 4 paths: raise workload.router_fraction=0.0"):
-        reshard(none, np.zeros((0, 4)), tmp_path)
-    with pytest.raises(ValueError, match="there is nothing to route"):
-        reshard(corpus_of(folder, lm(paths=1)), np.zeros((0, 1)), tmp_path)
+# saved routers, a base model
 
 
 def test_a_base_models_features(folder: Path, corpus: RoutedCorpus, model: nn.Module, tmp_path: Path) -> None:
@@ -304,6 +269,8 @@ def test_saved_routers_that_do_not_fit(folder: Path, corpus: RoutedCorpus, tmp_p
         ),
         ({"router": RouterKind.file}, "workload.router=file with workload.router_file=''"),
         ({"router_file": "x"}, "workload.router=kmeans with workload.router_file="),
+        ({"router": RouterKind.discriminative}, "workload.router=discriminative with workload.scorer=''"),
+        ({"scorer": "x"}, "workload.router=kmeans with workload.scorer="),
         ({"router": RouterKind.iid, "overlap": 2}, "workload.router=iid has no scores for workload.overlap=2"),
     ],
 )

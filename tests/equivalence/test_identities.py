@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diloco import Result
-from diloco.checkpoint import Checkpoint, read_values
+from diloco.checkpoint import Checkpoint
 from diloco.data import Data
 from diloco.inner import AdamW, Inner, Muon, RateSchedule, Sgd
 from diloco.merge import Mean, MeanBy
@@ -21,6 +21,7 @@ from diloco.outer import Nesterov
 from diloco.outer import Sgd as OuterSgd
 from diloco.runtime.base import Store
 from diloco.runtime.local import Local
+from diloco.starting import read_values
 from tests.toy import Line, digests, launch
 
 ROUNDS, STEPS = 5, 7

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diloco import Result
-from diloco.checkpoint import Checkpoint, read_source, read_values
+from diloco.checkpoint import Checkpoint, read_source
 from diloco.inner import AdamW, RateSchedule, Sgd
 from diloco.layout import Cut, Fragments, Outside, Whole
 from diloco.messages import SourceId
@@ -17,6 +17,7 @@ from diloco.outer import Nesterov
 from diloco.runtime.base import Store
 from diloco.runtime.local import Local
 from diloco.schedule import Barrier
+from diloco.starting import read_values
 from tests.toy import Constant, Line, digests, launch
 
 ROUNDS, STEPS = 4, 4

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from experiments.benchmarks import ablations, async_table, async_time, compression, dipaco_table, kinds, lab, learning
+from experiments.benchmarks import (
+    ablations,
+    async_table,
+    async_time,
+    compression,
+    dipaco_routing,
+    dipaco_table,
+    kinds,
+    lab,
+    learning,
+)
 from experiments.benchmarks.lab import Order
 
 
@@ -151,3 +161,30 @@ def test_dipacos_table_has_its_keys(
         dipaco_table.SHIPPED,
         dipaco_table.LONG,
     ]
+
+
+@pytest.mark.timeout(300)  # twenty seconds of a free machine
+def test_routings_share_the_phases_in_which_they_are_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--router-fraction", "0.04"]
+    assert dipaco_routing.main(["--quick", "--to", str(tmp_path), *few]) == 0
+    result = last_line(capsys)
+    rows = {dipaco_routing.KMEANS, dipaco_routing.PRODUCT, dipaco_routing.ONCE, dipaco_routing.TWICE}
+    assert set(result["losses"]) == set(result["purity"]) == rows  # type: ignore[call-overload]
+    assert set(result["orders"]) == set(dipaco_routing.ORDERS)  # type: ignore[call-overload]
+    trained = [path for path in tmp_path.glob("seed*") if "_k4_" in path.name]
+    assert len(trained) == 3 + 3 + 2 + 1  # k-means, product, once, twice
+    assert all((path / "export" / "router").is_dir() and (path / "checkpoints").is_dir() for path in trained)
+    steps = {json.loads((path / "summary.json").read_text())["tokens"] for path in trained}
+    assert len(steps) == 1
+    with pytest.raises(SystemExit):
+        dipaco_routing.main(["--paths", "6"])
+
+
+def test_what_is_built_on_is_trained_again_where_it_was_not_kept(tmp_path: Path) -> None:
+    found = lab.Lab(tmp_path, lab.QUICK)
+    chosen = found.config(lab.Method(), 0, init_from="")
+    first = found.summary(chosen)
+    (directory,) = tmp_path.glob("seed*")
+    assert not (directory / "export").exists() and not (directory / "checkpoints").exists()
+    assert found.kept(chosen) == directory and (directory / "export").is_dir()
+    assert found.summary(chosen)["weights_sha256"] == first["weights_sha256"] and (directory / "export").is_dir()

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from diloco.config import load
 from experiments.composition import Request, named, single, sweep
 from experiments.entry import main
 from experiments.mistakes import Mistake
+from experiments.planning import main as plan
 
 TOY = ["--import", "tests.toy", "--config-dir", "conf", "runtime=local", "metrics.live=false"]
 PAIR = """\
@@ -115,3 +117,102 @@ def test_members_run_one_after_the_other_into_one_directory(capsys: pytest.Captu
     said = capsys.readouterr().out
     assert said.splitlines()[-1] == str(directory / "report" / "index.html")
     assert "run 2 of 2: slow start" in said and "member" in said
+
+
+# members that build on members
+
+CHAIN = """\
+# @package _global_
+name: chain
+inner_steps: 4
+rounds: 2
+members:
+  first: [seed=3]
+  alone: [outer=sgd]
+  second: [init_from=@first]
+  third: ["init_from=@second/checkpoints/round-000002", "data.files=[a.txt, '@first/log.txt', @alone]"]
+"""
+
+
+def chain(*overrides: str) -> Request:
+    own(CHAIN)
+    return pair(*overrides)
+
+
+def test_what_a_member_builds_on_is_known_when_it_runs(here: Path) -> None:
+    first, alone, second, third = named(chain())
+    assert [member.builds_on for member in (first, alone, second)] == [(), (), ("first",)]
+    assert third.builds_on == ("second", "first", "alone")
+    assert second.values.init_from == "@first" and second.overrides["init_from"] == "@first"  # as it is shown
+    folders = {"first": here / "a b/0_first", "second": here / "='2", "alone": here / "1"}
+    assert first.placed({}) is first.config
+    assert second.placed(folders).init_from == str(here / "a b/0_first")
+    config = third.placed(folders)
+    assert config.init_from == f"{here}/='2/checkpoints/round-000002"
+    assert config.data.files == [str(here / "a.txt"), f"{here}/a b/0_first/log.txt", str(here / "1")]
+    assert config.rounds == 2 and config.outer == first.config.outer
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("init_from=@frist", ["member second", "init_from=@frist", "no member frist before it, only first, alone"]),
+        ("init_from=@third/export", ["member second", "no member third before it"]),
+        ("init_from=@second", ["member second", "no member second before it"]),
+    ],
+)
+def test_members_that_are_not_there_or_later(
+    given: str, words: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own(CHAIN.replace("[init_from=@first]", f"['{given}']"))
+    assert main([*TOY, "workload=line", "+experiment=pair"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) <= 2 and all(word in said for word in words), said
+    assert [path.name for path in here.iterdir()] == ["conf"]
+
+
+def test_the_first_builds_on_none_also_where_the_command_line_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    own(CHAIN)
+    assert main([*TOY, "workload=line", "+experiment=pair", "init_from=@first"]) == 2
+    assert "init_from=@first: there is no member first before it, it is the first" in capsys.readouterr().err
+
+
+def test_a_chain_is_shown_and_planned(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own(CHAIN)
+    assert main([*TOY, "workload=line", "+experiment=pair", "--cfg", "job"]) == 0
+    assert capsys.readouterr().out.count("init_from: '@first'") == 1
+    assert plan([*TOY, "workload=line", "+experiment=pair", "rounds=5"]) == 0
+    said = capsys.readouterr().out
+    assert "pair second" in said and said.count("4 steps") >= 4
+    assert [path.name for path in here.iterdir()] == ["conf"]
+
+
+def test_a_chain_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each goes on where the one before ended, and single values hold for all."""
+    own(CHAIN.replace(", \"data.files=[a.txt, '@first/log.txt', @alone]\"", ""))
+    assert main([*TOY, "workload=line", "+experiment=pair", "inner_steps=2"]) == 0
+    rows = {row["member"]: row for row in csv_rows()}
+    assert all(row["status"] == "finished" and row["inner_steps"] == "2" for row in rows.values())
+    assert rows["second"]["initial_val_loss"] == rows["first"]["val_loss"]
+    assert rows["third"]["initial_val_loss"] == rows["second"]["val_loss"] != rows["first"]["val_loss"]
+    assert rows["second"]["init_from"] == "@first"
+    saved = load(Path("runs/latest/2_second/config.yaml"))
+    assert saved.init_from == str(Path("runs/latest").resolve() / "0_first")
+
+
+def test_who_builds_on_what_did_not_finish_is_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    broken = CHAIN.replace("seed=3", "init_from=nowhere")
+    own(broken.replace(", \"data.files=[a.txt, '@first/log.txt', @alone]\"", ""))
+    assert main([*TOY, "workload=line", "+experiment=pair"]) == 1
+    rows = csv_rows()
+    assert [row["status"] for row in rows] == ["failed", "finished", "not run", "not run"]
+    assert rows[2]["reason"] == "builds on member first, which did not finish"
+    assert rows[3]["reason"] == "builds on member second, which did not finish"
+    assert not Path("runs/latest/2_second").exists()
+    said = capsys.readouterr()
+    assert "not run: it builds on first, which did not finish" in said.err and "index.html" in said.out
+
+
+def csv_rows() -> list[dict[str, str]]:
+    with Path("runs/latest/sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

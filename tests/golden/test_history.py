@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from diloco.checkpoint import Checkpoint, read_modules, read_values
+from diloco.checkpoint import Checkpoint, read_modules
 from diloco.config import RunConfig
 from diloco.inner import Sgd
 from diloco.messages import ModuleKey
 from diloco.outer import Nesterov
 from diloco.runtime.base import Store
 from diloco.schedule import Barrier
+from diloco.starting import read_values
 from tests.toy import Constant, launch, records, warned
 
 FILE = Path(__file__).with_name("history.json")

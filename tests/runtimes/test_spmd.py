@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from diloco import Result, RunConfig
-from diloco.checkpoint import Checkpoint, CheckpointFolder, read_source, read_values
+from diloco.checkpoint import Checkpoint, CheckpointFolder, read_source
 from diloco.codec import BFloat16
 from diloco.config import register, to_yaml
 from diloco.data import Data
@@ -35,6 +35,7 @@ from diloco.runtime.local import Local
 from diloco.runtime.spmd import Spmd
 from diloco.runtime.spmd_start import Roster
 from diloco.schedule import Barrier, NoMore, Schedule, Wait
+from diloco.starting import read_values
 from diloco.views import RunView
 from experiments import entry
 from tests.conftest import BASE

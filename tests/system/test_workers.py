@@ -15,7 +15,7 @@ import torch.multiprocessing as processes
 from torch import Tensor, nn
 
 from diloco import Result, RunConfig
-from diloco.checkpoint import Checkpoint, CheckpointFolder, read_values
+from diloco.checkpoint import Checkpoint, CheckpointFolder
 from diloco.codec import Float32
 from diloco.config import register
 from diloco.data import Data
@@ -27,6 +27,7 @@ from diloco.outer import Sgd as OuterSgd
 from diloco.replica import ReplicaKind, Single
 from diloco.runtime.base import Store
 from diloco.runtime.local import Local
+from diloco.starting import read_values
 from diloco.train import make_job
 from diloco.workers import World, join, meet
 from diloco.workload import Batch
