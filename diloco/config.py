@@ -142,12 +142,13 @@ class RunConfig:
         return self.schedule.num_sources(self.islands, self.layout.num_paths())
 
     def resolved(self) -> RunConfig:
-        """The same with all that is left to be derived from the number of islands; once, at a run's start."""
-        store = replace(self.store, shards=self.store.resolved(self.islands))
-        workload = self.workload.for_paths(self.layout.num_paths())
-        return replace(
-            self, workload=workload, store=store, outer=self.outer.resolved(self.schedule.commits_a_round(self.islands))
-        )
+        """The same with all that is left to be derived from the number of islands; once, at a run's start.
+
+        What depends on how many paths a module is part of is left to the store, which has it for each module.
+        """
+        store, paths = replace(self.store, shards=self.store.resolved(self.islands)), self.layout.num_paths()
+        outer = self.outer if paths > 1 else self.outer.resolved(self.schedule.commits_a_round(self.islands))
+        return replace(self, workload=self.workload.for_paths(paths), store=store, outer=outer)
 
 
 # group -> choice -> class; what `register` was told

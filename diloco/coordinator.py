@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from diloco import hearing, records, saved_view, tasks
+from diloco import folding, hearing, records, saved_view, tasks
 from diloco.evaluations import Evaluations
 from diloco.events import (
     Command,
@@ -36,7 +36,7 @@ from diloco.progress import IslandView
 from diloco.pushes import Pushes
 from diloco.saves import Drain, Saves
 from diloco.schedule import NoMore, Schedule, Wait
-from diloco.seats import Bench, hand_over, note
+from diloco.seats import Bench, begin_anew, hand_over, note
 from diloco.views import RunView
 from diloco.waiting import Waiting
 from diloco.watch import Watch
@@ -139,8 +139,12 @@ class Coordinator:
             return [hearing.late(event, self.run)]
         noted: list[Command] = [*hearing.heard(event, source, self.run, self._schedule)]
         ready = self._gathered(IslandId(source.source)) if self.run.pool else []
-        commands = self._commit_ready([verdict.module for verdict in event.verdicts])
-        return noted + commands + self._dispatch(ready)
+        keys = [verdict.module for verdict in event.verdicts]
+        commands = self._commit_ready(keys)
+        if self._bench and self.run.free and not commands:  # it was refused, and its source waits for no step
+            self._bench.stepped(keys)
+            ready = self._waiting.on(keys)
+        return [*noted, *commands, *folding.due(keys, self.run, self._schedule), *self._dispatch(ready)]
 
     def _gathered(self, number: IslandId) -> list[IslandId]:
         """Which islands may go on, now that this one, which runs free, may have handed over all it was given."""
@@ -199,7 +203,7 @@ class Coordinator:
         empty = [key for key in idle if not self.run.modules[key].heard]
         commands = self._commit_ready([key for key in idle if self.run.modules[key].heard])
         if empty == keys:
-            commands += self._commit(self.run.begin_anew(keys))
+            commands += self._commit(begin_anew(self.run, keys))
             self.run.open_rounds(keys, self._now_s)
         return commands + self._dispatch(self.run.islands if idle else came)
 
@@ -218,12 +222,10 @@ class Coordinator:
         return self._commit(self._schedule.commits(self.run, touched, self._now_s))
 
     def _commit(self, commits: list[Commit]) -> list[Command]:
-        for key in [commit.module for commit in commits if not commit.sources] + self.run.hopeless():
-            module = self.run.modules[key]
-            if module.rejected:
-                self._stopped = True
-                reason = f"all {module.rejected} contributions to round {self.run.round} were rejected"
-                return [Stop(status="stopped", reason=f"{reason}; the weights of the round before are kept")]
+        for key in self.run.hopeless(commits)[:1]:
+            self._stopped = True
+            reason = f"all {self.run.modules[key].rejected} contributions to round {self.run.round} were rejected"
+            return [Stop(status="stopped", reason=f"{reason}; the weights of the round before are kept")]
         late = sorted({(c.round, source) for c in commits for source in self.run.modules[c.module].awaited})
         self.run.commit(commits, self._now_s)
         left_out = [records.left_out(source, round_, self.run.round) for round_, source in late]
@@ -247,8 +249,6 @@ class Coordinator:
             self._draining, self._saves.pausing = Drain.tasks, True
         evaluation = self._evaluations.begin(self.run) if any(map(self.run.eval_due, ended)) else []
         return [*self._dispatch(self._waiting.all()), *evaluation, *measure, *save]
-
-    # --- tasks ---
 
     def _dispatch(self, islands: Iterable[IslandId]) -> list[Command]:
         commands: list[Command] = []

@@ -47,6 +47,8 @@ class Display:
         self._sent_bytes = 0.0
         self._validation: float | None = None
         self._best: float | None = None
+        self._beside = ""  # what runs beside this one had after as many steps
+        self._paths = ""  # losses of the paths, where there are several
         self._fleet = Fleet()
         self._metrics = folder / "metrics.jsonl"
 
@@ -136,7 +138,12 @@ class Display:
     def _evaluated(self, record: Record) -> None:
         self._validation = number(record, "eval/loss")
         self._best = min((x for x in (self._validation, self._best) if x is not None), default=None)
-        losses = f"validation loss {format_loss(self._validation)}  best {format_loss(self._best)}"
+        told = {key.removeprefix("beside/"): number(record, key) for key in record if key.startswith("beside/")}
+        self._beside = ", ".join(f"{label} {format_loss(loss)}" for label, loss in told.items())
+        paths = [number(record, key) for key in record if key.startswith("eval/loss/")]
+        self._paths = _range([loss for loss in paths if loss is not None])
+        beside = f" ({self._beside})" if self._beside else ""
+        losses = f"validation loss {format_loss(self._validation)}{beside}  best {format_loss(self._best)}"
         self._say(f"{self._where(int(amount(record, 'round')))}  {losses}", show=self._live is None)
 
     def _where(self, done: int) -> str:
@@ -178,6 +185,7 @@ class Display:
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
+        from rich.text import Text
 
         bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(no_wrap=True, style="bold")
@@ -195,7 +203,9 @@ class Display:
         }
         table = plain_table(*figures)
         table.add_row(*figures.values(), style="bold")
-        return Group(bar, "", table, "", self._fleet.table(max(1, height - OTHER_LINES)))
+        more = {"paths": self._paths, "beside, after as many steps": self._beside}
+        lines = [Text.assemble((f"{name}  ", "dim"), text, no_wrap=True) for name, text in more.items() if text]
+        return Group(bar, "", table, *lines, "", self._fleet.table(max(1, height - OTHER_LINES - len(lines))))
 
 
 def summary_table(summary: Mapping[str, object]) -> Table:
@@ -218,6 +228,9 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
     if after is not None:
         rows.append(("validation loss", f"{format_loss(before)} before, {format_loss(after)} after"))
         rows.append(("perplexity", f"{format_perplexity(before)} before, {format_perplexity(after)} after"))
+    if number(summary, "paths"):
+        routed, dense = (format_loss(number(summary, f"{kind}_val_loss")) for kind in ("routed", "dense"))
+        rows.append((f"{summary['paths']} paths", f"{routed} routed" + (f", {dense} dense" if dense != "-" else "")))
     wall = format_duration(amount(summary, "wall_s"))
     speed = f"{format_count(amount(summary, 'tokens_per_s'))} a second"
     rows += [("tokens", f"{format_count(amount(summary, 'tokens'))}, {speed}"), ("wall time", wall)]
@@ -234,3 +247,7 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
         rows.append(("", f"{more} data parallel would have sent ({format_bytes(parallel)})"))
     paths = {"run directory": "run_directory", "checkpoint": "checkpoint", "exported model": "export"}
     return rows + [(name, str(summary[key])) for name, key in paths.items() if summary.get(key)]
+
+
+def _range(losses: list[float]) -> str:
+    return f"{format_loss(min(losses))} to {format_loss(max(losses))}" if len(losses) > 1 else ""

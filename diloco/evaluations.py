@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from diloco import records, tasks
+from diloco import records, stopping, tasks
 from diloco.events import Command, Run
 from diloco.messages import Report
 from diloco.views import RunView
@@ -22,7 +22,10 @@ class Evaluations:
     def begin(self, run: RunView) -> list[Run]:
         """Measure the present weights, of all paths that there are splits for."""
         self._heard[run.round] = []
-        asked = [tasks.evaluation(run, index) for index in range(len(run.splits))]
+        asked = [
+            replace(tasks.evaluation(run, index), keep_best=stopping.keep_best(run, index))
+            for index in range(len(run.splits))
+        ]
         return [Run(task=task, wants=run.evaluator.give(task)) for task in asked]
 
     def heard(self, report: Report, run: RunView) -> list[Command]:
@@ -30,21 +33,33 @@ class Evaluations:
         round_ = report.task.round
         parts = self._heard[round_]
         parts.append(report)
+        best = stopping.note(run, len(parts) - 1, report)
         if len(parts) < len(run.splits):
             return []
         del self._heard[round_]
-        whole = report if len(parts) == 1 else _joined(parts)
+        whole = report if len(parts) == 1 and best is None else _joined(parts, run)
         run.counters.count_evaluation(round_, whole.metrics["eval/loss"])
         return [records.evaluated(whole)]
 
 
-def _joined(parts: list[Report]) -> Report:
-    """The mean a token over all paths; a path that was sent nothing has no say."""
-    losses = [part.metrics["eval/loss"] for part in parts]
+def _joined(parts: list[Report], run: RunView) -> Report:
+    """The mean a token over all paths; a path that was sent nothing has no say.
+
+    With early stopping each path counts as it was after its best round.
+    """
     tokens = [part.metrics["eval/tokens"] for part in parts]
-    mean = sum(loss * count for loss, count in zip(losses, tokens, strict=True) if count) / sum(tokens)
-    by_path = {
-        f"eval/loss/{index}": loss for index, (loss, count) in enumerate(zip(losses, tokens, strict=True)) if count
-    }
-    loads = {f"eval/load/{index}": count / sum(tokens) for index, count in enumerate(tokens)}
-    return replace(parts[-1], metrics={"eval/loss": mean, "eval/tokens": sum(tokens), **by_path, **loads})
+    latest = [part.metrics["eval/loss"] for part in parts]
+    losses = [run.best[path].loss if path in run.best else loss for path, loss in enumerate(latest)]
+    metrics = {"eval/loss": _mean(losses, tokens), "eval/tokens": sum(tokens)}
+    if run.best:
+        metrics["eval/latest_loss"] = _mean(latest, tokens)
+    for path, (loss, count) in enumerate(zip(losses, tokens, strict=True)):
+        metrics |= {f"eval/loss/{path}": loss} if count else {}
+        metrics[f"eval/load/{path}"] = count / sum(tokens)
+        if path in run.best:
+            metrics[f"eval/best_round/{path}"] = run.best[path].round
+    return replace(parts[-1], metrics=metrics)
+
+
+def _mean(losses: list[float], tokens: list[float]) -> float:
+    return sum(loss * count for loss, count in zip(losses, tokens, strict=True) if count) / sum(tokens)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from diloco.messages import Commit, CommitStats, IslandId, ModuleKey, Report, Task, Turn, Verdict
+from diloco.messages import Commit, CommitStats, Fold, IslandId, ModuleKey, Report, Task, Turn, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,13 @@ class Push:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoldAll:
+    """Add up what has come so far for steps that are not due yet, before anything that is asked for later."""
+
+    folds: tuple[Fold, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CommitAll:
     """Take these outer steps, before anything that is asked for later."""
 
@@ -151,4 +158,4 @@ class Stop:
     reason: str = ""
 
 
-Command: TypeAlias = Run | Push | CommitAll | Measure | Save | Respawn | Log | Stop
+Command: TypeAlias = Run | Push | FoldAll | CommitAll | Measure | Save | Respawn | Log | Stop

@@ -103,7 +103,8 @@ class Fleet:
         sources, staleness = record.get("outer/contributors"), record.get("outer/stalenesses")
         if isinstance(sources, list) and isinstance(staleness, list):  # source i is island i
             for island, versions in zip(sources, staleness, strict=True):
-                self._rows.setdefault(island, {})["stale"] = versions
+                if island in self._rows:  # of paths there may be more than islands
+                    self._rows[island]["stale"] = versions
                 self._stale = self._stale or versions > 0
 
 

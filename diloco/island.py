@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diloco import inner as inners
+from diloco import stopping
 from diloco.anchors import Anchors
 from diloco.codec import Codec
 from diloco.feedback import Feedback
@@ -103,8 +104,7 @@ class Island:
     def run(self, task: Task, snapshots: Sequence[Snapshot]) -> tuple[Report, list[Contribution]]:
         """Do one task: the inner loop of DiLoCo (arXiv:2311.08105, Alg. 1 lines 3-9)."""
         report = self.train(task, snapshots)
-        made = [self.contribution(task, slot) for slot in task.send]  # line 9
-        contributions = [contribution for contribution in made if contribution is not None]
+        contributions = [c for slot in task.send if (c := self.contribution(task, slot)) is not None]  # line 9
         return replace(report, bytes_up=sum(c.payload.nbytes for c in contributions)), contributions
 
     def train(self, task: Task, snapshots: Sequence[Snapshot]) -> Report:
@@ -139,10 +139,10 @@ class Island:
         if task.evaluate is not None:
             found = self._workload.evaluate(self._replica.model, self._corpus, task.evaluate)
             if "loss" not in found:
-                raise ValueError(
-                    f"{type(self._workload).__name__}.evaluate gave {sorted(found)}; it must give 'loss' too"
-                )
+                raise ValueError(f"{type(self._workload).__name__}.evaluate gave {sorted(found)}, and not 'loss'")
             metrics |= {f"eval/{name}": value for name, value in found.items()}
+            if task.keep_best is not None and found["stop_loss"] < task.keep_best.below:
+                stopping.write(Path(task.keep_best.folder), self.write_model)
         self._last_end_s = time.perf_counter()
         return Report(
             task=task,

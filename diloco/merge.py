@@ -30,6 +30,14 @@ class Merge(ABC):
         that no more than one decoded delta need exist beside the sum.
         """
 
+    def fold(self, into: Tensors, delta: Tensors, weight: float, planned: Sequence[float]) -> float | None:
+        """Add `delta`'s share in a merge of all `planned` weights to `into`, a sum that is empty at first, in place.
+
+        Returns the share; the shares of all that are planned add up to 1. None, and nothing is done, where a merge
+        has to have all deltas at once.
+        """
+        return None
+
 
 class MeanBy(Enum):
     """What a contribution counts for in a mean."""
@@ -56,6 +64,13 @@ class Mean(Merge):
         for delta, share in zip(deltas, shares, strict=True):
             mean = _added(mean, delta, dict.fromkeys(delta, share / total))
         return mean
+
+    def fold(self, into: Tensors, delta: Tensors, weight: float, planned: Sequence[float]) -> float:
+        """As `combine` does it, one by one, to the bit."""
+        uniform = self.by is MeanBy.uniform
+        share = 1.0 / len(planned) if uniform else weight / _total(planned)
+        into |= _added(into, delta, dict.fromkeys(delta, share))
+        return share
 
 
 @dataclass(kw_only=True)

@@ -66,6 +66,14 @@ class Settled:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeepBest:
+    """Write the evaluated model to `folder` if its `stop_loss` is `below` that of the best round so far."""
+
+    folder: str
+    below: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """Install these modules, train some steps on this data, contribute those slots: a unit of an island's work."""
 
@@ -87,6 +95,7 @@ class Task:
     fresh: bool = False  # start with empty optimizer state, since the source's weights were refused
     attempt: int = 0  # how often the source's work was given out anew; a later one replaces an earlier one
     evaluate: str | None = None  # a split to evaluate after installing
+    keep_best: KeepBest | None = None  # where early stopping looks at the evaluation
     save: bool = False  # export the source's state after the last step, for a checkpoint
     sheds: bool = False  # which leaves weights out, since the source's next task installs all of them anew
     settled: tuple[Settled, ...] = ()  # what became of this source's last contributions, for error feedback
@@ -184,12 +193,24 @@ class Commit:
     sources: tuple[SourceId, ...]
     weights: tuple[float, ...]  # the examples behind each contribution; the merge normalises them
     rounds: tuple[int, ...] = ()  # of each contribution, where every source counts its own; () = all of `round`
+    planned: tuple[float, ...] = ()  # where contributions are folded as they come: the weights of all that were awaited
     scale: float = 1.0  # multiplies the merged result: staleness damping, sqrt(P)
 
     @property
     def keys(self) -> tuple[tuple[int, SourceId], ...]:
         """Round and source of each contribution."""
         return tuple(zip(self.rounds or (self.round,) * len(self.sources), self.sources, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """Add these contributions to what was heard of `module` in this round: the next ones, in order of source."""
+
+    module: ModuleKey
+    round: int
+    sources: tuple[SourceId, ...]
+    weights: tuple[float, ...]  # the examples behind each
+    planned: tuple[float, ...]  # the weights of all that are awaited in the round
 
 
 @dataclass(frozen=True, kw_only=True)

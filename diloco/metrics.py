@@ -7,21 +7,26 @@ rounds done, without a barrier also the one that is being made; `total/` is the 
 contribution was refused), evaluation, checkpoint, warning, late, lost, joined, sample (what the trained model
 writes), end. `defaults` of a start: those of the configuration's keys that differ from them. `clock_s` is the
 runtime's clock, virtual in runtime local, and `clock_seconds` what a task took by it.
+Where there are several paths, a start has their modules and `routing`, and an evaluation `eval/loss/PATH` and
+`eval/load/PATH`. For each run of `metrics.beside` an evaluation has `beside/LABEL`: its loss after as many inner steps.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from diloco import beside
+from diloco.beside import Beside
 from diloco.display import Display, summary_table
 from diloco.fleet import Record
 from diloco.formats import format_bytes, format_count, format_duration
@@ -60,9 +65,15 @@ class Metrics:
     wandb: WandbMode = WandbMode.off
     wandb_project: str = "diloco"
     live: bool = True  # draw the progress where the output is a terminal; else one line a round
+    beside: list[str] = field(default_factory=list)  # directories of runs whose losses are told beside this one's
+
+    def __post_init__(self) -> None:
+        # The real directory: runs/latest will soon be another, and a report may be made in another folder.
+        self.beside = [os.path.realpath(os.path.expanduser(folder)) for folder in self.beside]
 
     def check(self) -> None:
-        """Raise ValueError where these settings cannot work here: online without a key."""
+        """Raise ValueError where these settings cannot work here: online without a key, beside what is no run."""
+        beside.check(self.beside)
         if self.wandb is not WandbMode.online:
             return
         with suppress(ImportError):  # without wandb the run goes on, with a warning
@@ -92,6 +103,7 @@ class MetricsWriter:
         folder: Path,
         *,
         sinks: Sequence[Sink] = (),
+        beside: Beside | None = None,
         resume_bytes: int | None = None,
         resume_round: int = 0,
         resume_steps: Mapping[int, int] | None = None,
@@ -101,9 +113,9 @@ class MetricsWriter:
 
         What is told of a round after it is saved (its commit and its checkpoint) stays up to `resume_round`; what was
         told before of steps that are trained again, those after `resume_steps` (by source), goes.
-        `earlier_s` is the time that the run took before it was resumed.
+        `earlier_s` is the time that the run took before it was resumed. Evaluations also tell of those `beside`.
         """
-        self._sinks = list(sinks)
+        self._sinks, self._beside = list(sinks), beside
         self._start_s = time.monotonic() - earlier_s
         self._nonfinite: set[str] = set()  # keys that were reported
         self._full = False
@@ -137,6 +149,8 @@ class MetricsWriter:
     def write(self, record: Record) -> None:
         """Write one record, `time_s` first, and hand it to the sinks; a non-finite number becomes null."""
         bad: dict[str, float] = {}
+        if self._beside is not None and record["event"] == "evaluation":
+            record = {**record, **self._beside.losses(record)}
         clean: dict[str, object] = {"time_s": round(self.elapsed_s, 3)}
         clean |= {key: _json_value(value, key, bad) for key, value in record.items()}
         self._append(json.dumps(clean, allow_nan=False).encode() + b"\n")
@@ -231,16 +245,18 @@ def open_metrics(
             sinks.append(WandbSink(folder, settings, name=name, config=config))
         except Exception as error:  # of many kinds: wandb missing, no network, no space
             problem = f"metrics.wandb={settings.wandb.value} is off: {type(error).__name__}: {error}"
+    others = Beside(settings.beside, config)
     writer = MetricsWriter(
         folder,
         sinks=sinks,
+        beside=others,
         resume_bytes=resume_bytes,
         resume_round=resume_round,
         resume_steps=resume_steps,
         earlier_s=earlier_s,
     )
-    if problem:
-        writer.write({"event": "warning", "message": problem})
+    for text in [*filter(None, [problem]), *others.doubts]:
+        writer.write({"event": "warning", "message": text})
     return writer, display
 
 

@@ -156,6 +156,7 @@ class ModuleView:
     round: int = 0  # the round that its next commit belongs to
     awaited: set[SourceId] = field(default_factory=set)  # who takes part in that round and was not heard yet
     arrivals: Arrivals = field(default_factory=dict)
+    folded: int = 0  # of those who are planned, in order, so many were heard and their contributions added up
     rejected: int = 0  # contributions to that round that were refused
     dropped: int = 0  # contributions to that round that the schedule left out
 
@@ -163,6 +164,15 @@ class ModuleView:
     def heard(self) -> bool:
         """Whether anybody has finished the present round."""
         return bool(self.arrivals or self.rejected or self.dropped)
+
+
+@dataclass(kw_only=True)
+class BestRound:
+    """With early stopping: the round after which a path did best on the slice of its data that is kept for this."""
+
+    round: int
+    stop_loss: float  # on that slice
+    loss: float  # on what is held out, with the same weights
 
 
 @dataclass(kw_only=True)

@@ -130,9 +130,11 @@ def starting_view(config: RunConfig, corpus: Corpus, modules: Modules) -> RunVie
         eval_every=config.eval_every,
         save_every=config.checkpoint.every,
         shard_examples=corpus.shard_examples(),
+        free=config.schedule.free,
         moving=config.schedule.moving,
         splits=tuple(config.workload.splits()),
     )
-    view.pool = view.new_pool(config.schedule.drawn) if config.schedule.free else None
+    pooled = config.schedule.free and not config.schedule.moving  # else each source keeps to its own data
+    view.pool = view.new_pool(config.schedule.drawn) if pooled else None
     seats.begin(view, modules, config.islands)
     return view

@@ -11,7 +11,7 @@ from diloco import seats
 from diloco.counters import Counters
 from diloco.messages import IslandId, ModuleKey, Settled, SourceId
 from diloco.pool import Pool, Stretch
-from diloco.progress import Arrival, ModuleView, SourceView, Work
+from diloco.progress import Arrival, BestRound, ModuleView, SourceView, Work
 from diloco.views import RunView
 
 
@@ -40,6 +40,7 @@ def to_json(run: RunView, now_s: float = 0.0) -> dict[str, Any]:
         "sources": [asdict(source) for source in run.sources.values()],
         "modules": {key: _module_json(module) for key, module in run.modules.items()},
         "counters": asdict(run.counters),
+        "best": {path: asdict(best) for path, best in run.best.items()},
     }
 
 
@@ -71,6 +72,7 @@ def load(run: RunView, saved: Mapping[str, Any]) -> None:
     """Take back what was saved, for the islands that there are now."""
     run.round = saved["round"]
     run.counters = Counters(**saved["counters"])
+    run.best = {int(path): BestRound(**best) for path, best in saved["best"].items()}
     run.sources = {}
     for entry in saved["sources"]:
         settled = [Settled(**told) for told in entry["settled"]]

@@ -38,7 +38,7 @@ class Schedule(ABC):
     """Pure and deterministic: the same views and time give the same answer, and nothing is written."""
 
     by_fragment: ClassVar[bool] = True  # fragments are exchanged one after the other; else all at once
-    free: ClassVar[bool] = False  # sources go on without each other, on data from a pool
+    free: ClassVar[bool] = False  # sources go on without each other; on data from a pool, unless they move
     drawn: ClassVar[bool] = False  # from the pool's shards by chance, under-served ones first; else each its own
     moving: ClassVar[bool] = False  # sources go from island to island, so that there may be more or fewer of them
 
@@ -87,6 +87,10 @@ class Schedule(ABC):
     def refuses(self, staleness: int) -> bool:
         """Whether a contribution is not to count, since its module took so many versions meanwhile."""
         return False
+
+    def planned(self, run: RunView, key: ModuleKey) -> tuple[SourceId, ...]:
+        """Whom a module's step waits for, whoever is late, in order: they are added up as they come. () = not known."""
+        return ()
 
 
 @dataclass(kw_only=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from diloco.messages import IslandId, ModuleKey, Modules, ShardId, SourceId, Task
+from diloco.messages import Commit, IslandId, ModuleKey, Modules, ShardId, SourceId, Task
 from diloco.progress import IslandView, ModuleView, SourceView
 from diloco.schedule import NoMore, Schedule, Wait
 from diloco.views import RunView
@@ -49,7 +49,7 @@ def place(run: RunView, islands: int) -> None:
 
 
 def _await(run: RunView, source: SourceView) -> None:
-    if run.pool is not None:
+    if run.free:
         return
     modules = [run.modules[key] for key in run.path_of(source).values()]
     if source.whole and not run.moving:
@@ -57,6 +57,22 @@ def _await(run: RunView, source: SourceView) -> None:
     for module in modules:
         if source.segment == 0 and module.round == source.round < run.rounds:
             module.awaited.add(source.source)
+
+
+def begin_anew(run: RunView, keys: Sequence[ModuleKey]) -> list[Commit]:
+    """Nobody is left in the rounds of these modules: who is there takes part in the newest of them.
+
+    Returns how the older ones end: without a step.
+    """
+    newest = max(run.modules[key].round for key in keys)
+    for source in run.sources.values():
+        if source.whole and source.began > newest:
+            source.round = source.began = newest
+    return [
+        Commit(module=key, round=run.modules[key].round, sources=(), weights=())
+        for key in keys
+        if run.modules[key].round < newest
+    ]
 
 
 class Bench:

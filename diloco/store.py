@@ -7,31 +7,28 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
 
 import torch
 
 from diloco import buffers
 from diloco.codec import Codec, Float32
 from diloco.feedback import Feedback
+from diloco.inbox import MEASURED_SOURCES, Inbox
 from diloco.merge import Merge
 from diloco.messages import (
     Commit,
     CommitStats,
     Contribution,
+    Fold,
     ModuleKey,
     Payload,
     Settled,
     Snapshot,
-    SourceId,
     State,
     Tensors,
     Verdict,
 )
 from diloco.outer import OuterOptimizer
-
-Key: TypeAlias = tuple[int, SourceId]  # round and source
-MEASURED_SOURCES = 8  # pairwise cosines of at most so many contributions, so that their cost stays linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +44,11 @@ class _Step:
 class _Module:
     """One module: float32 master values and outer state, whatever the dtype of compute (pitfall L11)."""
 
+    rule: OuterOptimizer  # with all that is left to be derived from how often the module steps in a round
     snapshot: Snapshot  # of the newest version
     values: Tensors  # the snapshot's own memory, which is never written to once a version is there
     outer: Tensors
-    inbox: dict[Key, Contribution] = field(default_factory=dict)  # still encoded
-    verdicts: dict[Key, Verdict] = field(default_factory=dict)
+    inbox: Inbox = field(default_factory=Inbox)
     draft: tuple[Payload, Tensors] | None = None  # a copy of the values, for the next step to be taken on
     last: _Step | None = None  # kept until it is measured
     update: Snapshot | None = None  # from the version before to the newest
@@ -69,6 +66,11 @@ class ModuleStore:
         self._outer, self._merge, self._codec = outer, merge, codec
         self._full, self._down = Float32(), None if isinstance(codec_down, Float32) else codec_down
         self._modules: dict[ModuleKey, _Module] = {}
+        self._steps_a_round: Mapping[ModuleKey, int] = {}
+
+    def setup(self, steps_a_round: Mapping[ModuleKey, int]) -> None:
+        """How many outer steps each module takes in a round, which `outer` may depend on. Before it is filled."""
+        self._steps_a_round = steps_a_round
 
     def fill(self, snapshots: Iterable[Snapshot]) -> dict[ModuleKey, str]:
         """Take these modules as the starting values, with fresh outer state; returns the values' digests."""
@@ -76,8 +78,9 @@ class ModuleStore:
         for snapshot in snapshots:
             digests[snapshot.module] = snapshot.payload.sha256()
             payload, values = self._copy(self._full.view(snapshot.payload))
+            rule = self._rule(snapshot.module)
             self._modules[snapshot.module] = _Module(
-                snapshot=replace(snapshot, payload=payload), values=values, outer=self._outer.init(values)
+                rule=rule, snapshot=replace(snapshot, payload=payload), values=values, outer=rule.init(values)
             )
         return digests
 
@@ -88,14 +91,14 @@ class ModuleStore:
         it is of a later attempt: then it takes the earlier one's place.
         """
         module = self._modules[contribution.module]
-        key = (contribution.round, contribution.source)
-        if key not in module.verdicts or module.verdicts[key].attempt < contribution.attempt:
-            module.inbox.pop(key, None)
-            verdict = self._judge(contribution, module)
-            module.verdicts[key] = verdict
-            if verdict.good:
-                module.inbox[key] = contribution
-        return module.verdicts[key]
+        return module.inbox.put(contribution, lambda sent: self._judge(sent, module))
+
+    def fold(self, fold: Fold) -> None:
+        """Add contributions to a running sum as they come, so that not all of a round are kept, where a merge can.
+
+        A later `commit` of the round, with `planned`, begins with the same sources, and is the same to the bit.
+        """
+        self._modules[fold.module].inbox.fold(fold, self._merge, self._codec)
 
     def commit(self, commit: Commit) -> int:
         """Merge the named contributions in their order, in float32, and take one outer step. Returns the new version.
@@ -103,25 +106,20 @@ class ModuleStore:
         The same order of sources gives the same bits, whatever the order of arrival.
         """
         module = self._modules[commit.module]
-        keys = commit.keys
-        chosen = [(module.inbox[key], module.verdicts[key]) for key in keys]
-        merged = self._merge.combine((self._codec.view(c.payload) for c, _ in chosen), commit.weights)
+        chosen = module.inbox.chosen(commit)
+        merged = module.inbox.merged(commit, self._merge, self._codec)
         if commit.scale != 1.0:
             torch._foreach_mul_(list(merged.values()), commit.scale)
         module.last = _Step(commit=commit, chosen=chosen, before=module.values)
         payload, values = module.draft or self._copy(module.values)
         module.draft = None
-        self._outer.step(values, merged, module.outer)
+        module.rule.step(values, merged, module.outer)
         version = module.snapshot.version + 1
         if self._down is not None:
             module.update = self._coded(self._down, module, values)
         module.values = values
         module.snapshot = replace(module.snapshot, version=version, payload=payload)
-        newest = {source: round_ for round_, source in sorted(keys)} if commit.rounds else {}
-        for round_, source in list(module.verdicts):
-            if round_ <= (newest.get(source, -1) if commit.rounds else commit.round):
-                module.inbox.pop((round_, source), None)
-                del module.verdicts[round_, source]
+        module.inbox.forget(commit)
         return module.snapshot.version
 
     def pull(self, have: Mapping[ModuleKey, int | None]) -> list[Snapshot]:
@@ -166,6 +164,9 @@ class ModuleStore:
             for key, module in self._modules.items()
             for name, value in module.outer.items()
         }
+
+    def _rule(self, key: ModuleKey) -> OuterOptimizer:
+        return self._outer.resolved(self._steps_a_round.get(key, 1))
 
     def _judge(self, contribution: Contribution, module: _Module) -> Verdict:
         finite, shape_ok, norm = False, False, float("nan")
@@ -230,13 +231,14 @@ class ModuleStore:
         found = {n.removeprefix("values/"): t for n, t in state.tensors.items() if n.startswith("values/")}
         payload, values = self._copy(found)
         module = _Module(
+            rule=self._rule(key),
             snapshot=Snapshot(module=key, version=state.meta["version"], base_version=None, payload=payload),
             values=values,
             outer={n.removeprefix("outer/"): t for n, t in state.tensors.items() if n.startswith("outer/")},
         )
         residual = {n.removeprefix("residual/"): t for n, t in state.tensors.items() if n.startswith("residual/")}
         module.feedback.load({"residual": residual, "pending": {}})
-        module.inbox, module.verdicts = _inbox_from(key, state)
+        module.inbox = Inbox.loaded(key, state.tensors, state.meta)
         return module
 
 
@@ -254,47 +256,8 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _module_state(module: _Module) -> State:
+    sent = module.inbox.state()
     tensors = {f"values/{name}": value.clone() for name, value in module.values.items()}
     tensors |= {f"outer/{name}": value.clone() for name, value in module.outer.items()}
-    tensors |= module.feedback.state()
-    inbox: list[dict[str, Any]] = []
-    for contribution in module.inbox.values():
-        tensors[f"inbox/{len(inbox)}"] = torch.from_numpy(contribution.payload.body.copy())
-        inbox.append(
-            {
-                "source": contribution.source,
-                "island": contribution.island,
-                "round": contribution.round,
-                "base_version": contribution.base_version,
-                "attempt": contribution.attempt,
-                "codec": contribution.payload.codec,
-                "header": contribution.payload.header.decode(),
-            }
-        )
-    verdicts = [[v.source, v.round, v.finite, v.shape_ok, v.norm, v.attempt] for v in module.verdicts.values()]
-    return State(tensors=tensors, meta={"version": module.snapshot.version, "inbox": inbox, "verdicts": verdicts})
-
-
-def _inbox_from(key: ModuleKey, state: State) -> tuple[dict[Key, Contribution], dict[Key, Verdict]]:
-    inbox: dict[Key, Contribution] = {}
-    verdicts: dict[Key, Verdict] = {}
-    for index, entry in enumerate(state.meta["inbox"]):
-        payload = Payload(
-            codec=entry["codec"],
-            header=entry["header"].encode(),
-            body=state.tensors[f"inbox/{index}"].numpy(),
-        )
-        inbox[entry["round"], entry["source"]] = Contribution(
-            module=key,
-            source=entry["source"],
-            island=entry["island"],
-            round=entry["round"],
-            base_version=entry["base_version"],
-            attempt=entry["attempt"],
-            payload=payload,
-        )
-    for source, round_, finite, shape_ok, norm, attempt in state.meta["verdicts"]:
-        verdicts[round_, source] = Verdict(
-            module=key, source=source, round=round_, finite=finite, shape_ok=shape_ok, norm=norm, attempt=attempt
-        )
-    return inbox, verdicts
+    tensors |= module.feedback.state() | sent.tensors
+    return State(tensors=tensors, meta={"version": module.snapshot.version, **sent.meta})

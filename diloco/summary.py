@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from diloco.beside import dense_val_loss
 from diloco.counters import Counters
+from diloco.messages import ModuleKey, SlotName
 from diloco.runtime.base import Final
 
 
@@ -52,6 +55,20 @@ def outcome(counters: Counters, *, islands: int, parameters: int, wall_s: float)
         "waiting_s": round(counters.waiting_s, 3),
         "compute_utilization": round(busy_s / counters.clock_s, 4) if counters.clock_s > 0 else None,
     }
+
+
+def routed(counters: Counters, *, paths: int, beside: Sequence[str]) -> dict[str, object]:
+    """Of a run of several paths: how many, the loss of the whole, and that of a dense run among those `beside` it."""
+    if paths == 1:
+        return {}
+    return {"paths": paths, "routed_val_loss": counters.val_loss, "dense_val_loss": dense_val_loss(beside)}
+
+
+def told_at_start(paths: Sequence[Mapping[SlotName, ModuleKey]], data: Mapping[str, object]) -> dict[str, object]:
+    """Of a run of several paths: the module of each slot of each, and what is sent to it, where the data tells that."""
+    if len(paths) == 1:
+        return {}
+    return {"paths": [dict(path) for path in paths], **{key: data[key] for key in data if key == "routing"}}
 
 
 def of_paths(digests: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 from diloco import checkpoint as ckpt
 from diloco import config as configuration
-from diloco import planner, resume, rundir, saved_view, summary, tasks
+from diloco import planner, resume, rundir, saved_view, stopping, summary, tasks
 from diloco.config import RunConfig
 from diloco.coordinator import Coordinator
 from diloco.display import Display
@@ -101,6 +102,7 @@ def make_job(config: RunConfig) -> Job:
         threads_per_worker=config.threads_per_worker,
         gpus_per_worker=config.gpus_per_worker,
         imports=tuple(config.imports),
+        schedule=config.schedule,
         sources=config.num_sources(),
         moving=config.schedule.moving,
     )
@@ -125,6 +127,7 @@ class _Session:
         self._notes = [*start.notes, *start.config.notes(), *start.config.workload.warnings(corpus)]
         self._parameters = sum(math.prod(shape) for shape in shapes.values())
         self._environment = rundir.environment()
+        view.best_folder = str(self._directory.absolute() / "best") if self._config.workload.stops_early() else ""
 
     def take_up(self, saved: Mapping[str, Any]) -> None:
         """Go on where a checkpoint left off."""
@@ -180,7 +183,9 @@ class _Session:
         for note in self._notes:
             writer.write({"event": "warning", "round": self._view.round, "message": note})
         defaults = configuration.defaults_of_changed(self._config)
-        writer.write({"event": "start", "round": self._view.round, **self._environment, "defaults": defaults})
+        paths = summary.told_at_start(self._view.paths, self._corpus.describe())
+        begun = {"event": "start", "round": self._view.round, **self._environment, "defaults": defaults, **paths}
+        writer.write(begun)
         stop: Stop | None = None
         counters, start_s = self._view.counters, time.monotonic()
         event: Event = Started(now_s=self._backend.now_s())
@@ -214,6 +219,11 @@ class _Session:
             folder = export / f"path{path}" if export and several else export
             run = Run(task=present, wants=self._view.evaluator.give(present))
             finals.append(self._backend.finish(run, str(folder) if folder else None, ""))
+            best = self._view.best.get(path)
+            if folder and best and best.round < self._view.round:  # a sample of the last weights is not one of these
+                shutil.rmtree(folder)
+                shutil.copytree(stopping.folder_of(self._view.best_folder, path, best.round), folder)
+                finals[-1] = replace(finals[-1], sample="")
         if export and several:
             table = {"paths": [dict(path) for path in self._modules.paths]}
             summary.write_text(export / "paths.json", json.dumps(table, indent=1) + "\n")
@@ -231,6 +241,10 @@ class _Session:
             **self._environment,
         }
         self._backend.save(self._root, command.name, manifest, self._config.checkpoint.keep)
+        if self._view.best_folder:
+            saved = ckpt.CheckpointFolder(self._root).names()
+            oldest = int(saved[0].split("-")[1]) if saved else None
+            stopping.prune(Path(self._view.best_folder), self._view.best, oldest)
 
     def _conclude(self, stop: Stop, final: Final | None, wall_s: float) -> Result:
         config, view = self._config, self._view
@@ -248,7 +262,9 @@ class _Session:
             "parameters": None if final is None else final.parameters,
             "trainable_parameters": self._parameters,
             **summary.outcome(view.counters, islands=config.islands, parameters=self._parameters, wall_s=wall_s),
+            **summary.routed(view.counters, paths=len(view.paths), beside=config.metrics.beside),
             **summary.digests(final),
+            **({"best_rounds": {path: best.round for path, best in view.best.items()}} if view.best else {}),
             "data_sha256": self._corpus.sha256,
             "data": self._corpus.describe(),
             "notes": self._notes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from diloco.messages import (
 )
 from diloco.paces import Paces
 from diloco.pool import Pool, Stretch
-from diloco.progress import IslandView, ModuleView, SourceView
+from diloco.progress import BestRound, IslandView, ModuleView, SourceView
 
 REMEMBERED_TURNS = 1000  # of the last so many is known when they were opened
 OBSERVED_ARRIVALS = 16  # of a source: of the last so many is known how long they took
@@ -41,7 +40,10 @@ class RunView:
     paths: tuple[Mapping[SlotName, ModuleKey], ...]
     shard_examples: list[int]  # by shard
     splits: tuple[str, ...] = ("validation",)  # what is evaluated: one for all by the first path, or one for each path
+    best_folder: str = ""  # where the best weights of each path are kept; "" = the last ones count
+    best: dict[int, BestRound] = field(default_factory=dict)  # by path, where they are
     fragments: tuple[tuple[SlotName, ...], ...] = ()  # slots that are exchanged together; () = all at once
+    free: bool = False  # nobody waits for another
     moving: bool = False  # sources go from island to island; what a lost island did not finish is done by another
     pool: Pool | None = None  # where sources run free of each other: the data that they draw from
     gathered: dict[IslandId, float] = field(default_factory=dict)  # handed over and free -> when they may go on
@@ -80,6 +82,10 @@ class RunView:
         self._sources_on: list[list[SourceId]] = [[] for _ in self.paths]
         for source in self.sources.values():
             self._sources_on[source.path].append(source.source)
+        self._sources_through = {
+            key: tuple(sorted(source for path in paths for source in self._sources_on[path]))
+            for key, paths in self._paths_through.items()
+        }
         self.paces = Paces(self.sources)
 
     def path_of(self, source: SourceView) -> Mapping[SlotName, ModuleKey]:
@@ -89,6 +95,10 @@ class RunView:
     def paths_through(self, key: ModuleKey) -> int:
         """How many paths a module is part of."""
         return len(self._paths_through[key])
+
+    def sources_through(self, key: ModuleKey) -> tuple[SourceId, ...]:
+        """All sources whose path a module is part of, in order."""
+        return self._sources_through[key]
 
     def fragment_of(self, key: ModuleKey) -> int:
         """With which fragment a module is exchanged."""
@@ -207,10 +217,11 @@ class RunView:
             return min(module.round for module in self.modules.values())
         return self.pool.done // (self.inner_steps * len(self.shard_examples))
 
-    def hopeless(self) -> list[ModuleKey]:
-        """Where sources run free: modules to which nobody's last contribution was sound."""
-        many = len(self.sources) if self.pool is not None else math.inf
-        return [key for key, module in self.modules.items() if module.rejected >= many]
+    def hopeless(self, commits: Sequence[Commit]) -> list[ModuleKey]:
+        """Modules to which nobody's last contribution was sound, now that these rounds end."""
+        if self.free:
+            return [key for key, m in self.modules.items() if m.rejected >= len(self.sources_through(key))]
+        return [commit.module for commit in commits if not commit.sources and self.modules[commit.module].rejected]
 
     def observe(self, turn: Turn, now_s: float) -> None:
         """A contribution arrived, perhaps too late: how long did it take?"""
@@ -220,8 +231,8 @@ class RunView:
 
     def open_rounds(self, keys: Sequence[ModuleKey], now_s: float) -> None:
         """Await, for a module's present round, all living islands whose path holds it and that take part by then."""
-        if self.pool is not None:
-            return  # nobody is waited for
+        if self.free:
+            return
         alike: dict[tuple[int, tuple[int, ...]], list[ModuleKey]] = {}
         for key in keys:
             alike.setdefault((self.modules[key].round, tuple(self._paths_through[key])), []).append(key)
@@ -249,25 +260,10 @@ class RunView:
         for commit in commits:
             module = self.modules[commit.module]
             module.version += bool(commit.sources)
-            module.round, module.rejected, module.dropped = commit.round + 1, 0, 0
+            module.round, module.rejected, module.dropped, module.folded = commit.round + 1, 0, 0, 0
             module.arrivals = {key: arrival for key, arrival in module.arrivals.items() if key not in commit.keys}
             module.awaited = set()
         self.open_rounds([commit.module for commit in commits], now_s)
-
-    def begin_anew(self, keys: Sequence[ModuleKey]) -> list[Commit]:
-        """Nobody is left in the rounds of these modules: who is there takes part in the newest of them.
-
-        Returns how the older ones end: without a step.
-        """
-        newest = max(self.modules[key].round for key in keys)
-        for source in self.sources.values():
-            if source.whole and source.began > newest:
-                source.round = source.began = newest
-        return [
-            Commit(module=key, round=self.modules[key].round, sources=(), weights=())
-            for key in keys
-            if self.modules[key].round < newest
-        ]
 
     def save_due(self, round_: int) -> bool:
         """Whether a checkpoint is written once `round_` rounds are committed."""
@@ -284,7 +280,7 @@ class RunView:
             source.round = source.began = self.round
             source.restart(self.round * self.inner_steps)
         for module in self.modules.values():
-            module.round, module.rejected, module.dropped = self.round, 0, 0
+            module.round, module.rejected, module.dropped, module.folded = self.round, 0, 0, 0
             module.arrivals.clear()
             module.awaited.clear()
         if self.pool is not None:

@@ -80,6 +80,10 @@ class Workload(ABC):
         """What is evaluated, by path: one for all, or one for each path. Then `evaluate` must tell "tokens" too."""
         return ["validation"]
 
+    def stops_early(self) -> bool:
+        """Whether `evaluate` tells "stop_loss" too, on a slice of the training data that tells a path's best round."""
+        return False
+
     def for_paths(self, paths: int) -> Workload:
         """The same, for a layout with so many paths."""
         return self

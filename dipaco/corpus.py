@@ -14,23 +14,28 @@ from dipaco import shards as sharding
 from dipaco.documents import Pieces
 from dipaco.routing import Settings, Table, routed
 from dipaco.saved import Integers
+from dipaco.specialities import specialities
 
 
 @final
 class RoutedCorpus:
     """A TokenCorpus whose shards are given by a router, and the paths of its documents."""
 
-    def __init__(self, whole: TokenCorpus, settings: Settings, *, shards: int, parameters: int) -> None:
+    def __init__(
+        self, whole: TokenCorpus, settings: Settings, *, shards: int, parameters: int, trust_remote_code: bool = False
+    ) -> None:
         """Route the documents of `whole` (once; then from the cache). Source s reads path s % paths.
 
-        `parameters`: of one path's model, for a warning; 0 = unknown. Raises ValueError where a shard is empty,
-        smaller than a sequence, the paths do not divide `shards`, or validation documents are all prefix.
+        `parameters`: of one path's model, for a warning; 0 = unknown. `trust_remote_code`: of the tokenizer. Raises
+        ValueError where a shard is empty, smaller than a sequence, the paths do not divide `shards`, or validation
+        documents are all prefix.
         """
         self.settings = settings
         self.warnings: list[str] = []  # what is doubtful about the shards, and what to do
         self.table: Table | None = None  # none with one path, which all documents belong to
         self.tokens = whole  # what the sources read
-        self._whole = whole
+        self._trust_remote_code = trust_remote_code
+        self._own: list[Integers] = []  # by path: the documents that it trains on
         sharding.check_divides(settings.paths, shards)
         folder, length = whole.folder, whole.data.sequence_length
         sizes = np.diff(folder.offsets)
@@ -39,11 +44,13 @@ class RoutedCorpus:
             self.warnings = prefixes
             return
         self.table = routed(folder, settings)
-        own = [np.flatnonzero((self.table.trains == path).any(axis=1)) for path in range(settings.paths)]
-        tokens = [int(sizes[documents].sum()) for documents in own]
+        trains = self.table.trains
+        self._own = [np.flatnonzero((trains == path).any(axis=1)) for path in range(settings.paths)]
+        tokens = [int(sizes[documents].sum()) for documents in self._own]
         self.warnings = prefixes + sharding.check_shards(tokens, needed=length + 1, balance=settings.balance)
         self.warnings += sharding.few_tokens(tokens, parameters=parameters)
-        assignment = sharding.deal_replicas(own, sizes, shards)
+        assignment = sharding.deal_replicas(self._own, sizes, shards)
+        _ = self.stop_pieces  # raises where a path has none
         self.tokens = TokenCorpus(whole.data, seed=settings.seed, shards=shards, assignment=assignment)
 
     @property
@@ -89,28 +96,71 @@ class RoutedCorpus:
         pieces.thin(self.tokens.data.eval_sequences)
         return pieces
 
+    @cached_property
+    def stop_pieces(self) -> list[Pieces]:
+        """For early stopping: of each path, at most data.eval_sequences pieces that it does not train on.
+
+        Raises ValueError where a path has none.
+        """
+        if self.table is None or not self.settings.stop_fraction:
+            return []
+        found = []
+        for path in range(self.settings.paths):
+            pieces = self.pieces(np.flatnonzero(self.table.for_stop & (self.table.path == path)))
+            if len(pieces) == 0:
+                raise ValueError(
+                    f"workload.stop_fraction={self.settings.stop_fraction} leaves path {path} no document to stop"
+                    " early by: use more, or 0 for no early stopping"
+                )
+            pieces.thin(self.tokens.data.eval_sequences)
+            found.append(pieces)
+        return found
+
     def pieces(self, documents: Integers) -> Pieces:
         """Documents cut into sequences, their prefixes not counted."""
         length = self.tokens.data.sequence_length
         return Pieces(self.tokens.folder, documents, length=length, prefix=self.settings.prefix_tokens)
 
     def describe(self) -> dict[str, object]:
-        """JSON values for the run's record: those of the tokens, and loads, purity and warnings of the routing."""
+        """JSON values for the run's record: those of the tokens, and what the router sends where.
+
+        `training` and `validation` have documents and loads (shares of the tokens) by path, purity and concentration
+        of the router; in training a document counts for each path that trains on it. `by_path`: see `specialities`.
+        """
         found = self.tokens.describe()
         if self.table is None:
             return found
-        folder, paths = self.tokens.folder, self.settings.paths
-        sizes = np.diff(folder.offsets)
-        routing: dict[str, object] = {"router": self.settings.router.value, "warnings": self.warnings}
-        for name, documents in (
-            ("training", np.flatnonzero(self.table.trains[:, 0] >= 0)),
-            ("validation", np.flatnonzero(folder.held_out)),
-        ):
-            path, domains = self.table.path[documents], folder.domains[documents]
-            routing[name] = {
-                "documents": np.bincount(path, minlength=paths).tolist(),
-                "load": sharding.loads(path, paths, sizes[documents]).round(4).tolist(),  # shares of the tokens
-                "purity": round(sharding.purity(path, domains), 4),
-                "concentration": round(sharding.concentration(path, domains), 4),
-            }
+        folder = self.tokens.folder
+        training, validation = np.flatnonzero(self.table.trains[:, 0] >= 0), np.flatnonzero(folder.held_out)
+        routing = {
+            "router": self.settings.router.value,
+            "warnings": self.warnings,
+            "training": self._described(training, self.table.trains[training]),
+            "validation": self._described(validation, self.table.path[validation]),
+            "by_path": self._specialities,
+        }
         return {**found, "split": "routed", "router_documents": len(self.router_documents), "routing": routing}
+
+    def _described(self, documents: Integers, assignment: Integers) -> dict[str, object]:
+        """`assignment`: int64[documents(, n)]."""
+        assert self.table is not None
+        folder, paths = self.tokens.folder, self.settings.paths
+        path, domains = self.table.path[documents], folder.domains[documents]
+        loads = sharding.loads(assignment, paths, np.diff(folder.offsets)[documents])
+        return {
+            "documents": np.bincount(assignment.ravel(), minlength=paths).tolist(),
+            "load": loads.round(4).tolist(),
+            "purity": round(sharding.purity(path, domains), 4),
+            "concentration": round(sharding.concentration(path, domains), 4),
+        }
+
+    @cached_property
+    def _specialities(self) -> list[dict[str, object]]:
+        assert self.table is not None
+        return specialities(
+            self.tokens.folder,
+            self.table,
+            self._own,
+            seed=self.settings.seed,
+            trust_remote_code=self._trust_remote_code,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
@@ -11,10 +12,10 @@ from torch.nn import functional
 
 from diloco.tokens import TokenFolder
 from diloco.workloads.causal_lm import EVALUATION_BATCH, evaluating
-from dipaco.saved import Doubles, Integers
+from dipaco.saved import Doubles, Floats, Integers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 UNCOUNTED = -100  # what cross_entropy ignores
@@ -58,6 +59,29 @@ class Pieces:
                 found[first : first + len(chunk)] = -self._losses(model, chunk).sum(dim=1).double().cpu().numpy()
         return found
 
+    def places(self) -> tuple[Integers, Integers]:
+        """int64[tokens], twice: of every counted token, piece by piece, the document and the position in it."""
+        firsts = np.maximum(self._starts + 1, self._prefix)
+        ends = np.cumsum(self.tokens)
+        position = np.arange(int(self.tokens.sum())) - np.repeat(ends - self.tokens - firsts, self.tokens)
+        return np.repeat(self.documents, self.tokens), position
+
+    def token_log_likelihoods(self, model: nn.Module) -> Floats:
+        """float32[tokens]: of every counted token, as `places` lists them, in nats. The model's mode is kept.
+
+        A token is read after those of its document that are in the same piece, as in `log_likelihoods`.
+        """
+        found = [np.empty(0, dtype=np.float32)]
+        with evaluating(model):
+            for first in range(0, len(self), EVALUATION_BATCH):
+                chunk = np.arange(first, min(first + EVALUATION_BATCH, len(self)))
+                losses = self._losses(model, chunk).cpu().numpy()
+                columns = np.arange(losses.shape[1])
+                ends = (self._stops - self._starts)[chunk][:, None]
+                counted = (columns < ends) & (columns >= ends - self.tokens[chunk][:, None])  # the last of each piece
+                found.append(-losses[counted])
+        return np.concatenate(found)
+
     def _losses(self, model: nn.Module, indices: Sequence[int] | Array) -> Tensor:
         """float32[pieces, longest]: of each target, 0 where it is padding or prefix."""
         texts, targets = [], []
@@ -79,3 +103,23 @@ class Pieces:
     def _keep(self, indices: Array) -> None:
         self.documents, self.tokens = self.documents[indices], self.tokens[indices]
         self._starts, self._stops = self._starts[indices], self._stops[indices]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Likelihoods:
+    """Of the counted tokens of some documents under every path, in nats."""
+
+    values: Floats  # float32[paths, tokens]
+    document: Integers  # int64[tokens]
+    position: Integers  # int64[tokens], in its document
+
+    def windows(self, every: int, *, prefix: int) -> Integers:
+        """int64[tokens]: in which window of its document each is; the first begins after the prefix."""
+        return (self.position - prefix) // every
+
+
+def score(pieces: Pieces, paths: int, load: Callable[[int], nn.Module]) -> Likelihoods:
+    """The table for `pieces`. One path's model at a time, as `load` gives it."""
+    values = np.stack([pieces.token_log_likelihoods(load(path)) for path in range(paths)])
+    document, position = pieces.places()
+    return Likelihoods(values=values, document=document, position=position)

@@ -53,6 +53,7 @@ class Settings:
     overlap: int
     balance: float
     router_fraction: float
+    stop_fraction: float
     router_file: str
     seed: int
 
@@ -111,6 +112,7 @@ class Table:
     path: Integers  # int64[documents]: where each is evaluated
     trains: Integers  # int64[documents, overlap]: the paths that train on it; -1 for those held out
     for_router: Array  # bool[documents]: held out of training to score paths with
+    for_stop: Array  # bool[documents]: held out of training to tell each path's best round
     routing: Routing | None  # none for the true domains and at random
     sha256: str
 
@@ -121,7 +123,7 @@ def routed(folder: TokenFolder, settings: Settings) -> Table:
     name = hashlib.sha256(key.encode()).hexdigest()[:20]
     final = folder.folder.parents[1] / "routings" / name
     make_once(final, lambda made: _make(folder, settings, made))
-    table = {key: np.load(final / f"{key}.npy") for key in ("path", "trains", "for_router")}
+    table = {key: np.load(final / f"{key}.npy") for key in ("path", "trains", "for_router", "for_stop")}
     digest = hashlib.sha256(b"".join(table[key].tobytes() for key in sorted(table))).hexdigest()
     routing = Routing.load(final) if (final / "routing.json").exists() else None
     return Table(**table, routing=routing, sha256=digest)
@@ -151,10 +153,10 @@ def _make(folder: TokenFolder, settings: Settings, made: Path) -> None:
     documents = len(folder.held_out)
     random = np.random.default_rng(np.random.SeedSequence(settings.seed, spawn_key=(2,)))
     training = random.permutation(np.flatnonzero(~folder.held_out))
-    aside = round(settings.router_fraction * len(training))
-    for_router = np.zeros(documents, dtype=np.bool_)
-    for_router[training[:aside]] = True
-    training = np.sort(training[aside:])
+    asides = [round(share * len(training)) for share in (settings.router_fraction, settings.stop_fraction)]
+    to_router, to_stop, training = np.split(training, np.cumsum(asides))
+    for_router, for_stop = (np.isin(np.arange(documents), aside) for aside in (to_router, to_stop))
+    training = np.sort(training)
     check_enough(len(training), settings.paths)
     trains = np.full((documents, settings.overlap), -1, dtype=np.int64)
     if settings.router in (RouterKind.domains, RouterKind.iid):
@@ -170,7 +172,8 @@ def _make(folder: TokenFolder, settings: Settings, made: Path) -> None:
         else:
             trains[training] = overlapping(scores[training], settings.overlap)
         routing.save(made)
-    for name, values in (("path", path), ("trains", trains), ("for_router", for_router)):
+    table = {"path": path, "trains": trains, "for_router": for_router, "for_stop": for_stop}
+    for name, values in table.items():
         np.save(made / f"{name}.npy", values)
 
 

@@ -36,6 +36,7 @@ class RoutedLM(Workload):
     overlap: int = 1  # every training document is in so many shards
     balance: float = 0.0  # shards hold at most this times their fair share of tokens, at least a 1/this of it; 0 = any
     router_fraction: float = 0.005  # of the training documents, held out to score paths with
+    stop_fraction: float = 0.0  # of them, held out to tell each path's best round: early stopping; 0 = the last counts
 
     def __post_init__(self) -> None:
         for name in ("router_file", "base"):
@@ -54,8 +55,14 @@ class RoutedLM(Workload):
             )
         if self.balance and self.balance < 1:
             raise ValueError(f"workload.balance={self.balance}: a shard needs its fair share: at least 1, or 0 = off")
-        if not 0 <= self.router_fraction < 1:
-            raise ValueError(f"workload.router_fraction={self.router_fraction}: it must be at least 0 and below 1")
+        for name in ("router_fraction", "stop_fraction"):
+            if not 0 <= vars(self)[name] < 1:
+                raise ValueError(f"workload.{name}={vars(self)[name]}: it must be at least 0 and below 1")
+        if self.router_fraction + self.stop_fraction >= 1:
+            raise ValueError(
+                f"workload.router_fraction={self.router_fraction} and workload.stop_fraction={self.stop_fraction} leave"
+                " no documents to train on: use less"
+            )
         if (self.router is RouterKind.file) != bool(self.router_file):
             raise ValueError(
                 f"workload.router={self.router.value} with workload.router_file={self.router_file!r}: router=file "
@@ -90,11 +97,13 @@ class RoutedLM(Workload):
             overlap=self.overlap,
             balance=self.balance,
             router_fraction=self.router_fraction,
+            stop_fraction=self.stop_fraction,
             router_file=self.router_file,
             seed=seed,
         )
         whole = self._language().corpus(data, seed=seed, shards=shards if self.paths == 1 else 1)
-        return RoutedCorpus(whole, settings, shards=shards, parameters=self.num_parameters())
+        trust, parameters = self.trust_remote_code, self.num_parameters()
+        return RoutedCorpus(whole, settings, shards=shards, parameters=parameters, trust_remote_code=trust)
 
     def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
         return self._language().batch(_routed(corpus).tokens, shard, step)
@@ -123,9 +132,13 @@ class RoutedLM(Workload):
         """ "validation", or with several paths "validation/0" and so on: what the router sends to each."""
         return ["validation"] if self.paths == 1 else [f"validation/{path}" for path in range(self.paths)]
 
+    def stops_early(self) -> bool:
+        return self.stop_fraction > 0 and self.paths > 1
+
     def evaluate(self, model: nn.Module, corpus: Corpus, split: str) -> dict[str, float]:
         """{"loss": mean nats a token, "tokens": how many it is a mean over}, on whole documents without prefixes.
 
+        With early stopping also "stop_loss", of the slice of a path's training documents that is kept for it.
         `split`: "validation" for all validation documents, "validation/3" for those of path 3; likewise
         "router/3", of the documents held out of training to score paths with. No tokens give loss 0.
         """
@@ -141,7 +154,11 @@ class RoutedLM(Workload):
         indices = np.arange(len(pieces))
         if own:
             indices = np.flatnonzero(routed.paths_of(pieces.documents) == int(path))
-        return _mean_loss(model, pieces, indices)
+        found = _mean_loss(model, pieces, indices)
+        if self.stops_early() and own and kind == "validation":
+            slice_ = routed.stop_pieces[int(path)]
+            found["stop_loss"] = _mean_loss(model, slice_, np.arange(len(slice_)))["loss"]
+        return found
 
     def export(self, model: nn.Module, corpus: Corpus, folder: Path) -> None:
         self._language().export(model, _routed(corpus).tokens, folder)
@@ -150,7 +167,6 @@ class RoutedLM(Workload):
         """The router, for `dipaco.load`; true and random shards have none."""
         table = _routed(corpus).table
         if table is not None and table.routing is not None:
-            (folder / "router").mkdir()
             table.routing.save(folder / "router")
 
     def sample(self, model: nn.Module, corpus: Corpus, prompt: str, *, tokens: int, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""The command `diloco`: train, plan, report, export, sample and doctor."""
+"""The command `diloco`: train, plan, report, export, sample, route and doctor."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "report": "draw what came out of a run, of several side by side, or of a sweep, as one HTML page",
     "export": "write the trained model as a folder that transformers loads",
     "sample": "let the trained model write",
+    "route": "how well a run of several paths does when texts change path as they go on; fits a router for that",
     "doctor": "what this machine or cluster can run, and what is missing",
 }
 
@@ -38,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "export":
                 return _export(arguments.run, arguments.to)
             case "sample":
-                return _sample(arguments.run, arguments.prompt, tokens=arguments.tokens, seed=arguments.seed)
+                return _sample(arguments)
+            case "route":
+                from experiments import routing
+
+                return routing.route(arguments)
             case _:
                 from experiments.doctor import examine
 
@@ -65,7 +70,7 @@ def _parser() -> Parser:
         type=Path,
         help="folder for the page; default RUN/report, or a new one in runs/ for several",
     )
-    for name in ("export", "sample"):
+    for name in ("export", "sample", "route"):
         subparsers[name].add_argument("run", metavar="RUN", type=Path, help="directory of a run, such as runs/latest")
     subparsers["export"].add_argument("--to", metavar="DIR", type=Path, required=True, help="a new or empty folder")
     subparsers["sample"].add_argument("--prompt", required=True, help="the text to go on with; may be empty")
@@ -73,8 +78,36 @@ def _parser() -> Parser:
         "--tokens", metavar="N", type=_positive, default=100, help="at most so many; default 100"
     )
     subparsers["sample"].add_argument("--seed", metavar="N", type=int, default=0, help="another seed, another text")
+    subparsers["sample"].add_argument(
+        "--reroute-every",
+        metavar="W",
+        type=int,
+        help="of a run of several paths: choose one anew for every W tokens, after diloco route RUN",
+    )
+    _add_route(subparsers["route"])
     subparsers["doctor"].add_argument("--quick", action="store_true", help="do not start Ray or ask its cluster")
     return parser
+
+
+def _add_route(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--every", metavar="W,...", type=_lengths, default=[64, 32, 16], help="tokens in a window; default 64,32,16"
+    )
+    for name, letter, text in (
+        ("look-ahead", "L", "tokens over which the router learns to tell the best path; default 64"),
+        ("documents", "N", "that it learns from: those held out for it (all is the default), then training documents"),
+        ("steps", "N", "of its training; default 300"),
+    ):
+        parser.add_argument(f"--{name}", metavar=letter, type=int, help=text)
+    parser.add_argument("--refit", action="store_true", help="fit it, though one with these settings was saved")
+    parser.add_argument("--to", metavar="DIR", type=Path, help="folder for evaluation.json; default RUN/routing")
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a list of whole numbers, such as 64,32,16") from None
 
 
 def _about(text: str) -> str:
@@ -102,14 +135,17 @@ def _export(run: Path, folder: Path) -> int:
     return FINISHED
 
 
-def _sample(run: Path, prompt: str, *, tokens: int, seed: int) -> int:
+def _sample(arguments: argparse.Namespace) -> int:
     from experiments.trained import trained
 
+    run, prompt, tokens, seed = arguments.run, arguments.prompt, arguments.tokens, arguments.seed
     if (run / "export" / "paths.json").is_file():
         import dipaco
 
-        print(dipaco.load(run).generate(prompt, tokens=tokens, seed=seed))
+        print(dipaco.load(run).generate(prompt, tokens=tokens, seed=seed, every=arguments.reroute_every))
         return FINISHED
+    if arguments.reroute_every is not None:
+        raise ValueError(f"{run} has no export of several paths: leave out --reroute-every")
     found = trained(run)
     text = found.config.workload.sample(found.model, found.corpus, prompt, tokens=tokens, seed=seed)
     if not text:

@@ -50,6 +50,11 @@ def test_steps_speed_and_what_each_island_does() -> None:
     assert [line[-1] for line in drawn(fleet, {"event": "end"})][1:4] == ["done", "lost", "done"]
 
 
+def test_paths_without_an_island_of_their_own_have_no_row() -> None:
+    lines = drawn(Fleet(), segment(0), segment(1), commit([0, 1, 2, 3], [0, 0, 0, 0]))
+    assert [line[0] for line in lines] == ["island", "0", "1"]
+
+
 def test_staleness_has_a_column_where_there_is_any() -> None:
     fleet = Fleet()
     assert "staleness" not in drawn(fleet, segment(0), segment(1), commit([0, 1], [0, 0]))[0]

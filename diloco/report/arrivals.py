@@ -49,6 +49,8 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
 
 
 def _uneven(history: History) -> bool:
+    if history.by_module:
+        return False  # who contributes are paths, to their own modules alone
     known = [(c.alive, c.participating) for c in history.commits if c.alive is not None]
     return history.free and bool(known) or any(alive != taking for alive, taking in known) or len(set(known)) > 1
 

@@ -44,6 +44,7 @@ class Line:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     dots: str = ""  # a marker: then there are only these, without a line
+    weight: float = 1.0  # how much thicker than others; thinner ones have no dots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def draw(chart: Chart, axes: Axes) -> None:
     _scale(axes, "y", chart.y, [y for line in chart.lines for y in line.y] + levels)
     axes.margins(x=0.03, y=0.07)
     for line in chart.lines:
-        _draw_line(line, axes, with_range=len(chart.lines) <= FEW_LINES)
+        _draw_line(line, axes, with_range=sum(bool(line.low) for line in chart.lines) <= FEW_LINES)
     if chart.tell_last and chart.lines[0].x:
         _tell_last(chart, chart.lines[0], axes)
     if chart.mark is not None:
@@ -113,9 +114,10 @@ def _draw_line(line: Line, axes: Axes, *, with_range: bool) -> None:
     if line.dots:
         axes.plot(line.x, line.y, color=line.key.colour, linestyle="", marker=line.dots, alpha=0.7)
         return
-    dots = "o" if len(line.x) <= FEW_POINTS else ""
-    width = 1.8 if len(line.x) <= DENSE_POINTS else 1.0
-    axes.plot(line.x, line.y, color=line.key.colour, linestyle=DASHES[line.key.dash], marker=dots, linewidth=width)
+    dots = "o" if len(line.x) <= FEW_POINTS and line.weight >= 1 else ""
+    width = line.weight * (1.8 if len(line.x) <= DENSE_POINTS else 1.0)
+    (drawn,) = axes.plot(line.x, line.y, color=line.key.colour, linestyle=DASHES[line.key.dash], linewidth=width)
+    drawn.set(marker=dots, zorder=2 + line.weight / 10)  # thick ones on top
     if line.low and with_range:
         axes.fill_between(line.x, line.low, line.high, color=line.key.colour, alpha=0.18, linewidth=0)
 
@@ -162,6 +164,7 @@ def _scale(axes: Axes, which: Literal["x", "y"], axis: Axis, values: Sequence[fl
         subs = (1.0, 2.0, 5.0) if ratio < DECADE**1.5 else (1.0, 3.0) if ratio < DECADE**3 else (1.0,)
         plot_axis.set_major_locator(LogLocator(subs=subs))
         plot_axis.set_minor_locator(NullLocator())
+        plot_axis.set_major_formatter("{x:g}")  # not powers of ten
     else:
         plot_axis.set_major_locator(MaxNLocator(nbins=6, integer=axis.whole, steps=[1, 2, 2.5, 5, 10]))
     if axis.unit is not None:

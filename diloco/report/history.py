@@ -8,10 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 # Control characters, lone surrogates and non-characters: neither HTML nor a font has a place for them.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+NOTHING: Mapping[Any, float] = MappingProxyType({})
 MARKS = ("lost", "joined", "checkpoint", "start")
 
 
@@ -52,6 +54,7 @@ class Commit(NamedTuple):
     alive: float | None  # islands that lived by then
     participating: float | None  # of them, those with a part in this step
     weight: float | None  # the share that these have in all the data
+    version: int | None = None  # how many outer steps its modules have had
 
 
 class Evaluation(NamedTuple):
@@ -61,6 +64,9 @@ class Evaluation(NamedTuple):
     time_s: float
     loss: float | None
     clock_s: float = 0.0
+    by_path: Mapping[int, float] = NOTHING  # losses, where there are several paths
+    loads: Mapping[int, float] = NOTHING  # shares of the validation tokens, by path
+    beside: Mapping[str, float] = NOTHING  # losses of other runs after as many steps, by label
 
 
 class Refusal(NamedTuple):
@@ -107,8 +113,16 @@ class History:
 
     @property
     def free(self) -> bool:
-        """Whether islands ran free of each other: a round had several outer steps."""
-        return len({commit.place for commit in self.commits}) < len(self.commits)
+        """Whether islands ran free of each other: a round had several outer steps, one after the other."""
+        versions: dict[tuple[int, int], list[int | None]] = {}
+        for commit in self.commits:
+            versions.setdefault(commit.place, []).append(commit.version)
+        return any(len(found) > 1 and (len(set(found)) > 1 or None in found) for found in versions.values())
+
+    @property
+    def by_module(self) -> bool:
+        """Whether the modules of a round stepped on contributions of their own: those of the paths through them."""
+        return not self.free and len({commit.place for commit in self.commits}) < len(self.commits)
 
     @property
     def virtual(self) -> bool:
@@ -131,7 +145,7 @@ class History:
         elif event == "commit":
             self.commits.append(_commit(record, time_s, len(self.segments)))
         elif event == "evaluation":
-            self.evaluations.append(Evaluation(_round(record), time_s, number(record, "eval/loss"), clock_s))
+            self.evaluations.append(_evaluation(record, time_s, clock_s))
         elif event == "stale" and "staleness" in record:
             staleness = int(amount(record, "staleness"))
             self.refusals.append(Refusal(int(amount(record, "island")), staleness, time_s, clock_s))
@@ -229,7 +243,21 @@ def _commit(record: Mapping[str, Any], time_s: float, segments: int) -> Commit:
         alive=number(record, "outer/alive"),
         participating=number(record, "outer/participating"),
         weight=number(record, "outer/weight"),
+        version=int(amount(record, "outer/version")) if "outer/version" in record else None,
     )
+
+
+def _evaluation(record: Mapping[str, Any], time_s: float, clock_s: float) -> Evaluation:
+    told = (_below(record, prefix) for prefix in ("eval/loss/", "eval/load/"))
+    by_path, loads = ({int(path): value for path, value in found.items()} for found in told)
+    losses = by_path, loads, _below(record, "beside/")
+    return Evaluation(_round(record), time_s, number(record, "eval/loss"), clock_s, *losses)
+
+
+def _below(record: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The finite numbers under keys that begin so, by the rest of the key."""
+    found = {key.removeprefix(prefix): number(record, key) for key in record if key.startswith(prefix)}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _numbers(values: object) -> tuple[float, ...]:

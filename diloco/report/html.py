@@ -40,6 +40,25 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Cell]], *, 
     return "\n".join([*lines, "</tbody>", "</table>", "</div>"])
 
 
+def section(heading: str, *parts: str) -> str:
+    """A part of the page with a heading."""
+    return "\n".join([f"<section>\n<h2>{escape(heading)}</h2>", *parts, "</section>"])
+
+
+def folded(heading: str, content: str, *, unfolded: bool) -> str:
+    """What is seen once its heading is clicked, or at once."""
+    return f"<details{' open' if unfolded else ''}><summary>{escape(heading)}</summary>\n{content}\n</details>"
+
+
+def tiles(told: Sequence[tuple[str, str, str]]) -> str:
+    """Figures at a glance: name, value and explanation of each."""
+    items = [
+        f'<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class="muted">{escape(more)}</dd></div>'
+        for name, value, more in told
+    ]
+    return "\n".join(['<dl class="tiles">', *items, "</dl>"])
+
+
 def legend(keys: Sequence[Key]) -> str:
     """What each colour stands for."""
     items = "".join(f"<li>{swatch(key)}{escape(key.label)}</li>" for key in keys)

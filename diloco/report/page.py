@@ -8,18 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diloco.formats import format_bytes, format_count, format_duration, format_loss, format_perplexity
-from diloco.report import arrivals, tables
+from diloco.report import arrivals, path_charts, path_tables, tables
 from diloco.report.drawing import COLOURS, png, svg
 from diloco.report.figures import Figure, figures, keys
 from diloco.report.history import amount, number
-from diloco.report.html import escape, legend
+from diloco.report.html import escape, folded, legend, section, tiles
 from diloco.report.islands import timeline
+from diloco.report.paths import Paths, paths_of
 from diloco.report.runs import Run, best_of, is_sweep, read_runs
 
 CSS = Path(__file__).with_name("page.css")
 MOST_TIMELINES = 8
 MOST_SAMPLES = 3  # of a run
 MOST_WARNINGS = 50  # of a run
+FEW_PATHS = 8  # up to so many have their documents unfolded
+MOST_PATHS = 32  # more are folded
 MOST_CHARACTERS = 4000  # of a sample or a warning
 FEW_RUNS = 3  # up to so many have their texts unfolded
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # browsers then load nothing, whatever it says
@@ -35,13 +38,18 @@ def write_report(runs: Sequence[Path], to: Path) -> Path:
     title = _title(runs, found)
     begun = [run for run in found if run.history.evaluations or run.history.segments]
     drawn = [*figures(begun), *arrivals.figures(begun)] if begun else []
+    routed = paths_of(begun[0]) if len(begun) == 1 else None
+    by_path = [path_charts.figure(begun[0].history, routed)] if routed is not None else []
     times = [
         figure for n, run in enumerate(begun[:MOST_TIMELINES]) if (figure := timeline(run, _timeline_name(n, begun)))
     ]
-    page = _page(title, found, begun, drawn, times)
+    own = [_paths(begun[0], routed, figure) for figure in by_path] if routed is not None else []
+    sections = [*own, *map(_figure_section, drawn), _timelines(times, begun), _islands(begun)]
+    files = [f"{figure.name}.png" for figure in [*by_path, *drawn, *times]]
+    page = _page(title, found, begun, sections, files)
     try:
         to.mkdir(parents=True, exist_ok=True)
-        for figure in [*drawn, *times]:
+        for figure in [*by_path, *drawn, *times]:
             png(figure.panels, figure.keys, to / f"{figure.name}.png", inches=figure.inches)
         temporary = to / "index.tmp"
         temporary.write_text(page, encoding="utf-8")
@@ -63,15 +71,11 @@ def _timeline_name(number: int, runs: Sequence[Run]) -> str:
     return "timeline" if len(runs) == 1 else f"timeline-{number}"
 
 
-def _page(
-    title: str, runs: Sequence[Run], begun: Sequence[Run], drawn: Sequence[Figure], times: Sequence[Figure]
-) -> str:
-    sections = [_summary(runs, begun), *(_figure_section(figure) for figure in drawn), _timelines(times, begun)]
-    sections += [_islands(begun)]
+def _page(title: str, runs: Sequence[Run], begun: Sequence[Run], found: Sequence[str], files: Sequence[str]) -> str:
+    sections = [_summary(runs, begun), *found]
     sections += [_configuration(runs), _samples(runs), _warnings(runs), _environment(runs)]
-    names = ", ".join(f"{figure.name}.png" for figure in [*drawn, *times])
-    files = f"The figures are beside this page as {names}. " if names else ""
-    body = "\n".join(section for section in sections if section)
+    beside = f"The figures are beside this page as {', '.join(files)}. " if files else ""
+    body = "\n".join(filter(None, sections))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -93,7 +97,7 @@ def _page(
 <main>
 {body}
 </main>
-<footer><p>{escape(files)}Made by <code>diloco report</code> on {time.strftime("%Y-%m-%d at %H:%M")}.</p></footer>
+<footer><p>{escape(beside)}Made by <code>diloco report</code> on {time.strftime("%Y-%m-%d at %H:%M")}.</p></footer>
 </body>
 </html>
 """
@@ -102,10 +106,6 @@ def _page(
 def _variables() -> str:
     light, dark = ("; ".join(f"--{name}: {pair[i]}" for name, pair in COLOURS.items()) for i in (0, 1))
     return f":root {{ {light}; }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}; }} }}"
-
-
-def _section(heading: str, *parts: str) -> str:
-    return "\n".join([f"<section>\n<h2>{escape(heading)}</h2>", *parts, "</section>"])
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
@@ -127,12 +127,11 @@ def _subtitle(runs: Sequence[Run]) -> str:
 
 def _summary(runs: Sequence[Run], begun: Sequence[Run]) -> str:
     if len(runs) == 1:
-        folded = f"<details><summary>All figures</summary>\n{tables.results(runs[0])}\n</details>"
-        return _section("Result", _tiles(runs[0]), folded)
+        return section("Result", _tiles(runs[0]), folded("All figures", tables.results(runs[0]), unfolded=False))
     parts = [tables.comparison(runs, {key.label: key for key in keys(begun)})]
     items = [f"<li>{escape(f'{run.label}: {run.status}, {run.reason}')}</li>" for run in runs if run.reason]
     parts += ["<h3>Did not finish</h3>", "<ul>", *items, "</ul>"] if items else []
-    return _section("Results", *parts)
+    return section("Results", *parts)
 
 
 def _tiles(run: Run) -> str:
@@ -143,7 +142,7 @@ def _tiles(run: Run) -> str:
     use = number(summary, "compute_utilization")
     speed = number(summary, "tokens_per_s")
     arrow = " \N{RIGHTWARDS ARROW} "
-    tiles = [
+    shown = [
         ("validation loss", f"{format_loss(before)}{arrow}{format_loss(after)}",
          f"perplexity {format_perplexity(before)}{arrow}{format_perplexity(after)}"),
         ("bytes sent", "-" if sent is None else format_bytes(sent),
@@ -154,17 +153,31 @@ def _tiles(run: Run) -> str:
         ("islands", str(summary.get("islands", "-")),
          f"{summary.get('rounds', '-')} rounds of {summary.get('inner_steps', '-')} inner steps"),
     ]  # fmt: skip
-    items = [
-        f'<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class="muted">{escape(more)}</dd></div>'
-        for name, value, more in tiles
-    ]
-    return "\n".join(['<dl class="tiles">', *items, "</dl>"])
+    return tiles(shown)
 
 
 def _figure_section(figure: Figure) -> str:
     shown = [f'<p class="note">{escape(figure.note)}</p>']
     shown += [legend(figure.keys)] if len(figure.keys) > 1 else []
-    return _section(figure.heading, *shown, '<div class="panels">', *_drawings(figure), "</div>")
+    return section(figure.heading, *shown, '<div class="panels">', *_drawings(figure), "</div>")
+
+
+def _paths(run: Run, paths: Paths, figure: Figure) -> str:
+    """What a run of several paths came to, path by path."""
+    documents, rows = path_tables.documents(paths), path_tables.overview(paths)
+    few = len(paths.paths) <= FEW_PATHS
+    return section(
+        figure.heading,
+        f'<p class="note">{escape(path_tables.introduction(paths))}</p>',
+        tiles(path_tables.tiles(run, paths)),
+        legend(figure.keys),
+        '<div class="panels">',
+        *_drawings(figure),
+        "</div>",
+        f'<p class="note">{escape(path_tables.explanation(paths))}</p>',
+        rows if len(paths.paths) <= MOST_PATHS else folded(f"All {len(paths.paths)} paths", rows, unfolded=False),
+        folded("Typical documents", documents, unfolded=few) if documents else "",
+    )
 
 
 def _drawings(figure: Figure) -> list[str]:
@@ -191,23 +204,23 @@ def _timelines(times: Sequence[Figure], begun: Sequence[Run]) -> str:
         parts.append(
             f'<p class="note">Those of the other {len(begun) - MOST_TIMELINES} runs: report on them alone.</p>'
         )
-    return _section("Timeline", *parts)
+    return section("Timeline", *parts)
 
 
 def _islands(begun: Sequence[Run]) -> str:
     found = arrivals.by_island(begun[0]) if len(begun) == 1 else ""
-    return _section("Islands", found) if found else ""
+    return section("Islands", found) if found else ""
 
 
 def _configuration(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
-        return _section("Configuration", tables.differences(runs) or "<p>The same in all runs.</p>")
+        return section("Configuration", tables.differences(runs) or "<p>The same in all runs.</p>")
     path = runs[0].directory / "config.yaml"
     parts = [tables.settings(runs[0])]
     if path.is_file():
         text = escape(path.read_text(encoding="utf-8", errors="replace"))
         parts.append(f"<details><summary>All of config.yaml</summary>\n<pre>{text}</pre>\n</details>")
-    return _section("Configuration", *filter(None, parts)) if any(parts) else ""
+    return section("Configuration", *filter(None, parts)) if any(parts) else ""
 
 
 def _samples(runs: Sequence[Run]) -> str:
@@ -217,9 +230,9 @@ def _samples(runs: Sequence[Run]) -> str:
             after = "" if note.round is None else f" after {note.round} rounds"
             text = escape(note.text[:MOST_CHARACTERS])
             parts.append(
-                _folded(f"{run.label}{after}", f'<pre class="text">{text}</pre>', unfolded=len(runs) <= FEW_RUNS)
+                folded(f"{run.label}{after}", f'<pre class="text">{text}</pre>', unfolded=len(runs) <= FEW_RUNS)
             )
-    return _section("Samples", '<p class="note">What the trained model writes.</p>', *parts) if parts else ""
+    return section("Samples", '<p class="note">What the trained model writes.</p>', *parts) if parts else ""
 
 
 def _warnings(runs: Sequence[Run]) -> str:
@@ -235,13 +248,9 @@ def _warnings(runs: Sequence[Run]) -> str:
             items.append(f"<li>and {len(counts) - MOST_WARNINGS} more in metrics.jsonl</li>")
         if items:
             text = "\n".join(["<ul>", *items, "</ul>"])
-            parts.append(_folded(f"{run.label}: {len(run.history.warnings)}", text, unfolded=len(runs) <= FEW_RUNS))
-    return _section("Warnings", *parts) if parts else ""
-
-
-def _folded(heading: str, content: str, *, unfolded: bool) -> str:
-    return f"<details{' open' if unfolded else ''}><summary>{escape(heading)}</summary>\n{content}\n</details>"
+            parts.append(folded(f"{run.label}: {len(run.history.warnings)}", text, unfolded=len(runs) <= FEW_RUNS))
+    return section("Warnings", *parts) if parts else ""
 
 
 def _environment(runs: Sequence[Run]) -> str:
-    return _section("Environment", tables.environment(runs))
+    return section("Environment", tables.environment(runs))

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)  # flat: `inner` for the choice, `inner.lr` for a setting
     summary: Mapping[str, Any] = field(default_factory=dict)  # summary.json, or as much as the metrics tell
     history: History = field(default_factory=History)
+    modules: Sequence[Mapping[str, str]] = ()  # by path: the module of each slot; empty where there is one path
 
     @property
     def defaults(self) -> Mapping[str, Any] | None:
@@ -134,7 +136,19 @@ def _read_run(directory: Path) -> Run:
         config=config,
         summary=summary,
         history=told,
+        modules=_read_modules(directory / "export" / "paths.json", told),
     )
+
+
+def _read_modules(path: Path, told: History) -> list[dict[str, str]]:
+    """As they were exported, or as the run said at its start; none where there are not several paths."""
+    exported: Any = None
+    with suppress(OSError, ValueError):  # not exported, or only half of it
+        exported = json.loads(path.read_text(encoding="utf-8"))
+    for found in (exported.get("paths") if isinstance(exported, dict) else None, told.start.get("paths")):
+        if isinstance(found, list) and len(found) > 1 and all(isinstance(row, dict) for row in found):
+            return found
+    return []
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -114,17 +114,17 @@ def traffic(history: History) -> list[Traffic]:
 
 def norms(history: History) -> list[Spread]:
     """Norms of the contributions to each outer step."""
-    return [_spread(at, commit.norms) for at, commit in places(history) if commit.norms]
+    return _spreads(history, lambda commit: commit.norms)
 
 
 def cosines(history: History) -> list[Spread]:
     """Cosines between any two contributions to each outer step."""
-    return [_spread(at, commit.cosines) for at, commit in places(history) if commit.cosines]
+    return _spreads(history, lambda commit: commit.cosines)
 
 
 def update_norms(history: History) -> list[Spread]:
-    """Norm of each outer step."""
-    return [_spread(at, (c.update_norm,)) for at, c in places(history) if c.update_norm is not None]
+    """Norm of each outer step; where modules step apart, the mean and the range over them."""
+    return _spreads(history, lambda commit: () if commit.update_norm is None else (commit.update_norm,))
 
 
 def places(history: History) -> list[tuple[float, Commit]]:
@@ -171,6 +171,17 @@ def thin(items: Sequence[T], values: Iterable[float], most: int = MOST_POINTS) -
         stretch = range(number * len(items) // stretches, (number + 1) * len(items) // stretches)
         keep |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
     return [items[index] for index in sorted(keep)]
+
+
+def _spreads(history: History, values: Callable[[Commit], tuple[float, ...]]) -> list[Spread]:
+    """Of the outer steps one by one, or where the modules of a round step apart, of all of them together."""
+    if not history.by_module:
+        return [_spread(at, found) for at, commit in places(history) if (found := values(commit))]
+    together: dict[tuple[int, int], list[Commit]] = {}
+    for commit in history.commits:
+        together.setdefault(commit.place, []).append(commit)
+    told = [(commits[0].at, [v for commit in commits for v in values(commit)]) for commits in together.values()]
+    return [_spread(at, found) for at, found in sorted(told) if found]
 
 
 def _spread(round_: float, values: Sequence[float]) -> Spread:

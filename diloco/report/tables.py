@@ -53,7 +53,7 @@ def _participation(run: Run) -> str:
     """Means over the outer steps: who lived, who took part, and with which share of all data."""
     told = [(c.alive, c.participating, c.weight) for c in run.history.commits]
     known = [(a, p, w) for a, p, w in told if a is not None and p is not None and w is not None]
-    if not known:
+    if not known or run.history.by_module:
         return NONE
     alive, taking, weight = (sum(values) / len(known) for values in zip(*known, strict=True))
     return f"{alive:.3g} / {taking:.3g} / {100 * weight:.0f} %"
@@ -61,6 +61,8 @@ def _participation(run: Run) -> str:
 
 FIGURES: Mapping[str, Callable[[Run], str]] = {
     "validation loss": lambda run: loss_text(run.val_loss),
+    "paths": _plain("paths"),
+    "dense beside": _figure("dense_val_loss", loss_text),
     "lowest": _figure("best_val_loss", loss_text),
     "before": _figure("initial_val_loss", loss_text),
     "perplexity": lambda run: format_perplexity(run.val_loss),

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from diloco.codec import Codec
-from diloco.events import CommitAll, Event, Measure, Push, Respawn, Run
+from diloco.events import CommitAll, Event, FoldAll, Measure, Push, Respawn, Run
 from diloco.inner import Inner
 from diloco.island import Island
 from diloco.merge import Merge
-from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SourceId
+from diloco.messages import EVALUATOR, Commit, Fold, IslandId, ModuleKey, Modules, Shape, SourceId
 from diloco.outer import OuterOptimizer
 from diloco.replica import Ddp, Replica, ReplicaKind, Single
 from diloco.schedule import Schedule
@@ -25,6 +26,8 @@ from diloco.workload import Corpus, Workload
 
 if TYPE_CHECKING:
     from diloco.data import Data
+
+Order = TypeVar("Order", Commit, Fold)
 
 MAX_DERIVED_SHARDS = 8
 LOADED = -1  # in place of a round: of a source's state that came from a checkpoint
@@ -64,6 +67,7 @@ class Job:
     threads_per_worker: int
     gpus_per_worker: float
     imports: tuple[str, ...]
+    schedule: Schedule
     sources: int = 0  # that contribute, each with a shard of the data; 0 = as many as islands
     moving: bool = False  # they go from island to island: what belongs to one is kept between its tasks
     pauses_s: tuple[float, ...] = ()  # after each inner step of an island, to make it slow; () = none
@@ -101,6 +105,12 @@ class Job:
         from diloco.fsdp2 import Fsdp2  # a second of imports that others need not
 
         return Fsdp2(model, world)
+
+    def steps_a_round(self, modules: Modules) -> dict[ModuleKey, int]:
+        """How many outer steps each module takes in a round."""
+        replicas = (self.sources or self.islands) // len(modules.paths)
+        through = Counter(key for path in modules.paths for key in path.values())
+        return {key: self.schedule.commits_a_round(paths * replicas) for key, paths in through.items()}
 
     def make_store(self) -> ModuleStore:
         """One shard of the store, empty."""
@@ -147,7 +157,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def carry_out(self, command: Run | Push | CommitAll | Measure | Respawn) -> None:
+    def carry_out(self, command: Run | Push | FoldAll | CommitAll | Measure | Respawn) -> None:
         """Begin what the coordinator asked for; what was asked for earlier takes effect first."""
 
     @abstractmethod
@@ -208,3 +218,11 @@ def one_each(key: str, numbers: Sequence[float], islands: int) -> None:
 def placed(modules: Modules, shard: int) -> list[ModuleKey]:
     """The modules that a shard of the store holds."""
     return [key for key, holder in modules.shards.items() if holder == shard]
+
+
+def by_shard(modules: Modules, orders: Iterable[Order]) -> dict[int, list[Order]]:
+    """What is asked of each shard of the store: the orders about modules that it holds."""
+    found: dict[int, list[Order]] = {}
+    for order in orders:
+        found.setdefault(modules.shards[order.module], []).append(order)
+    return found

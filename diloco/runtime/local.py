@@ -18,6 +18,7 @@ from diloco.events import (
     Committed,
     Event,
     Finished,
+    FoldAll,
     Interrupted,
     Joined,
     Measure,
@@ -124,6 +125,8 @@ class LocalBackend(Backend):
         for island in self._islands.values():
             island.setup(modules)
         self._shards = [self._job.make_store() for _ in range(self._job.shards)]
+        for shard in self._shards:
+            shard.setup(self._job.steps_a_round(modules))
 
     def fill(self, init_from: str) -> Mapping[IslandId, list[ModuleKey]]:
         """From the evaluator's fresh model."""
@@ -147,7 +150,7 @@ class LocalBackend(Backend):
                 self._frozen[source, LOADED] = state  # it may have no more to do before the next checkpoint
                 self._exported[source] = LOADED
 
-    def carry_out(self, command: Run | Push | CommitAll | Measure | Respawn) -> None:
+    def carry_out(self, command: Run | Push | FoldAll | CommitAll | Measure | Respawn) -> None:
         """Does it now; what it leads to happens when the virtual clock says."""
         match command:
             case Run():
@@ -156,6 +159,9 @@ class LocalBackend(Backend):
                 self._run(command.task, command.wants)
             case Push():
                 self._push(command.task)
+            case FoldAll():
+                for fold in command.folds:
+                    self._shards[self._modules.shards[fold.module]].fold(fold)
             case CommitAll():
                 for commit in command.commits:
                     self._shards[self._modules.shards[commit.module]].commit(commit)

@@ -24,6 +24,7 @@ from diloco.messages import (
     Commit,
     CommitStats,
     Contribution,
+    Fold,
     IslandId,
     ModuleKey,
     Modules,
@@ -183,6 +184,10 @@ class ShardShell:
         self._store = job.make_store()
         self._frozen: dict[str, dict[ModuleKey, State]] = {}
 
+    def setup(self, steps_a_round: Mapping[ModuleKey, int]) -> None:
+        """How often each module steps in a round."""
+        self._store.setup(steps_a_round)
+
     def fill(self, snapshots: list[Snapshot]) -> dict[ModuleKey, str]:
         """Starting values; returns their digests."""
         return self._store.fill(snapshots)
@@ -199,6 +204,11 @@ class ShardShell:
     def push(self, contributions: list[Contribution]) -> list[Verdict]:
         """Judge and keep."""
         return [self._store.push(contribution) for contribution in contributions]
+
+    def fold(self, folds: Sequence[Fold]) -> None:
+        """Add up what has come."""
+        for fold in folds:
+            self._store.fold(fold)
 
     def commit(self, commits: Sequence[Commit]) -> list[int]:
         """Outer steps; returns the versions."""

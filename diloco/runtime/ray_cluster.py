@@ -22,6 +22,7 @@ from diloco.events import (
     Committed,
     Event,
     Finished,
+    FoldAll,
     Interrupted,
     Joined,
     Lost,
@@ -34,7 +35,7 @@ from diloco.events import (
     Tick,
 )
 from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Shape, SlotName, SourceId, Task, Turn
-from diloco.runtime.base import Backend, Final, Job, Runtime, one_each, placed
+from diloco.runtime.base import Backend, Final, Job, Runtime, by_shard, one_each, placed
 from diloco.runtime.ray_actors import spawn_shard
 from diloco.runtime.ray_island import RayIsland, shard_nodes
 from diloco.runtime.ray_refs import Pending, Ref, cause, died, get, get_all, mistake, raise_errors, short
@@ -102,6 +103,7 @@ class RayBackend(Backend):
         self._modules = modules
         self._puller = Puller(self._shards, modules, self._job.codec_down)
         get_all({f"island {i}": island.built for i, island in self._islands.items() if i != EVALUATOR})
+        get([shard.setup.remote(self._job.steps_a_round(modules)) for shard in self._shards])
         answers = {island: handle.setup(modules) for island, handle in self._islands.items()}
         self._nodes = {island: get(refs)[0] for island, refs in answers.items()}
 
@@ -123,19 +125,20 @@ class RayBackend(Backend):
 
     # --- commands ---
 
-    def carry_out(self, command: Run | Push | CommitAll | Measure | Respawn) -> None:
+    def carry_out(self, command: Run | Push | FoldAll | CommitAll | Measure | Respawn) -> None:
         """Submits; actors keep the order in which they are asked."""
         match command:
             case Run():
                 self._run(command)
             case Push():
                 self._push(command.task)
+            case FoldAll():
+                folds = by_shard(self._modules, command.folds)
+                self._pending.add([self._shards[i].fold.remote(part) for i, part in folds.items()], raise_errors)
             case CommitAll():
                 self._puller.renew()
-                by_shard: dict[int, list[Any]] = {}
-                for commit in command.commits:
-                    by_shard.setdefault(self._modules.shards[commit.module], []).append(commit)
-                self._pending.add([self._shards[i].commit.remote(c) for i, c in by_shard.items()], raise_errors)
+                commits = by_shard(self._modules, command.commits)
+                self._pending.add([self._shards[i].commit.remote(part) for i, part in commits.items()], raise_errors)
             case Measure():
                 self._pending.add([shard.measure.remote() for shard in self._shards], self._on_measured)
             case Respawn():
@@ -244,14 +247,9 @@ class RayBackend(Backend):
             elif error is not None:
                 raise cause(error) from None
             else:
-                self._events.append(
-                    Received(
-                        now_s=self.now_s(),
-                        turn=task.turn,
-                        verdicts=tuple(verdict for answer in answers for verdict in answer),
-                        attempt=task.attempt,
-                    )
-                )
+                verdicts = tuple(verdict for answer in answers for verdict in answer)
+                heard = Received(now_s=self.now_s(), turn=task.turn, verdicts=verdicts, attempt=task.attempt)
+                self._events.append(heard)
 
         sent = self._sent.pop(task.turn)
         self._pusher.push(self._parts(sorted(sent, key=lambda part: part[0])), done)

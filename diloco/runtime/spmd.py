@@ -22,6 +22,7 @@ from diloco.events import (
     Committed,
     Event,
     Finished,
+    FoldAll,
     Interrupted,
     Measure,
     Push,
@@ -141,9 +142,9 @@ class SpmdBackend(Backend):
 
     # --- commands ---
 
-    def carry_out(self, command: Run | Push | CommitAll | Measure | Respawn) -> None:
+    def carry_out(self, command: Run | Push | FoldAll | CommitAll | Measure | Respawn) -> None:
         """Kept until the next event is asked for."""
-        assert not isinstance(command, Respawn), "no island is ever lost alone"
+        assert not isinstance(command, Respawn | FoldAll), "no island is ever lost alone, and all contribute at once"
         if isinstance(command, Run):
             self._queued[command.task.island] += 1
         self._commands.append(command)

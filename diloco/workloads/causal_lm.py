@@ -17,14 +17,13 @@ from torch.nn import functional
 from diloco.data import Data, TokenCorpus
 from diloco.messages import ShardId
 from diloco.workload import Batch, Corpus, Workload
+from diloco.workloads import sampling
 from diloco.workloads.presets import PRESETS
 
 if TYPE_CHECKING:  # transformers takes seconds to import, so methods do it where they need it
     from transformers import PreTrainedTokenizerBase
 
 EVALUATION_BATCH = 8  # sequences
-SAMPLE_TEMPERATURE = 0.8
-SAMPLE_TOP_K = 50
 
 
 @dataclass(kw_only=True)
@@ -45,7 +44,7 @@ class CausalLM(Workload):
         """A preset's model with new weights, or a pretrained one with its own; float32, in train mode."""
         from transformers import AutoModelForCausalLM, LlamaConfig
 
-        with _seeded(seed, torch.device("cpu")):
+        with sampling.seeded(seed, torch.device("cpu")):
             if self.model in PRESETS:
                 config = LlamaConfig(**PRESETS[self.model].llama_settings())
                 build: Any = AutoModelForCausalLM.from_config
@@ -145,32 +144,10 @@ class CausalLM(Workload):
         assert isinstance(corpus, TokenCorpus) and isinstance(model, PreTrainedModel)
         prompt = prompt or corpus.prompt()
         tokenizer = self._tokenizer(corpus)
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        vocabulary, positions = self._limits()
-        if positions:
-            tokens = min(tokens, positions - 1)
-            ids = ids[-(positions - tokens) :]
-        inputs = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)  # int64[1, prompt]
-        generate: Any = model.generate
-        with _seeded(seed, model.device), evaluating(model):
-            outputs = generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=tokens,
-                do_sample=True,
-                temperature=SAMPLE_TEMPERATURE,
-                top_k=SAMPLE_TOP_K,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id,
-                suppress_tokens=list(range(corpus.vocab_size, vocabulary)) or None,  # they stand for no text
-                use_cache=True,
-            )
-        # Some tokenizers drop the space before a text's first word, so decode the prompt along.
-        before, after = (
-            str(tokenizer.decode(text, skip_special_tokens=True))
-            for text in (ids, [*ids, *outputs[0, inputs.shape[1] :].tolist()])
-        )
-        return prompt + after[len(before) :]
+        ids: Any = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        with sampling.seeded(seed, model.device), evaluating(model):
+            new = sampling.continuation(model, tokenizer, ids, tokens=tokens)
+        return prompt + sampling.text_after(tokenizer, ids, new)
 
     def _limits(self) -> tuple[int, int | None]:
         """Size of the model's vocabulary and its greatest sequence length, where it has one."""
@@ -178,11 +155,7 @@ class CausalLM(Workload):
             return PRESETS[self.model].vocab_size, PRESETS[self.model].max_positions
         from transformers import AutoConfig
 
-        config = self._pretrained(AutoConfig, {}).get_text_config()
-        try:
-            return config.vocab_size, config.max_position_embeddings
-        except AttributeError:  # state-space models, say, have no limit
-            return config.vocab_size, None
+        return sampling.limits(self._pretrained(AutoConfig, {}))
 
     def _pretrained(self, kind: Any, settings: dict[str, object]) -> Any:
         """What an Auto class loads from the folder or hub id `model`; ValueError where it cannot."""
@@ -249,15 +222,3 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers on the CPU and `device` from `seed`, and the caller's state untouched afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed devices not restored
-        if devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield

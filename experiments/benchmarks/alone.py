@@ -23,6 +23,7 @@ from diloco.messages import IslandId, Modules, ShardId, SourceId, State, Task
 from diloco.outer import Nesterov
 from diloco.replica import ReplicaKind
 from diloco.runtime.base import Job
+from diloco.schedule import Barrier
 from diloco.workers import World
 from diloco.workload import Batch, Corpus
 from diloco.workloads.causal_lm import CausalLM
@@ -126,6 +127,7 @@ def _job(model: str) -> Job:
         threads_per_worker=1,
         gpus_per_worker=0.0,
         imports=(),
+        schedule=Barrier(),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diloco import rundir
 from experiments.entry import MISTAKE, Parser
 
 PARTS_OF_USS = ("Private_Clean:", "Private_Dirty:")
@@ -86,3 +88,14 @@ def wait_until(condition: Callable[[], bool], *, limit_s: float, what: str) -> N
         if time.monotonic() > end_s:
             raise RuntimeError(f"{what} did not happen within {limit_s:.0f} s")
         time.sleep(0.01)
+
+
+def environment() -> dict[str, object]:
+    """Versions and the machine, for a record."""
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        **rundir.environment(),
+        "platform": platform.platform(),
+        "cpu": cpu[0].partition(": ")[2],
+        "cores": len(cpu),
+    }

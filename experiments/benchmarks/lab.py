@@ -11,7 +11,6 @@ import csv
 import hashlib
 import json
 import os
-import platform
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diloco import RunConfig, config, rundir, train
+from diloco import RunConfig, config, train
 from diloco.async_.outer import DelayedNesterov
 from diloco.async_.schedule import FirstCome
 from diloco.checkpoint import Checkpoint
@@ -34,6 +33,7 @@ from diloco.runtime.base import Store
 from diloco.runtime.local import Local
 from diloco.schedule import Barrier
 from diloco.workloads.causal_lm import CausalLM
+from experiments.benchmarks.common import environment
 
 PRETRAIN_SEED = 1000  # added to the seed: pre-training reads the data in another order than what follows it
 PRETRAIN_BATCHES = 4  # times the batch of one worker
@@ -85,8 +85,10 @@ class Method:
 class Lab:
     """Trains methods in a folder and remembers what came out; a run that is there already is not done again."""
 
-    def __init__(self, folder: Path, scale: Scale) -> None:
+    def __init__(self, folder: Path, scale: Scale, *, texts: Sequence[Path] = ()) -> None:
+        """`texts`: files with the fields `text` and `domain`, in the place of the Python installation's."""
         self.folder, self.scale = folder.absolute(), scale
+        self._texts = [str(path) for path in texts]
         self.rows: list[dict[str, Any]] = []  # of metrics.csv: each run that was asked for
 
     def loss(self, label: str, method: Method, seed: int, chosen: RunConfig | None = None) -> float:
@@ -128,6 +130,8 @@ class Lab:
             init_from=init_from,
             workload=CausalLM(model="micro"),
             data=Data(
+                files=self._texts,
+                domain_field="domain" if self._texts else "",
                 tokenizer="bytes",
                 batch=scale.batch * method.times_batch,
                 sequence_length=scale.sequence_length,
@@ -269,7 +273,7 @@ def conclude(
     (record / "table.md").write_text(text + "\n")
     (record / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     (record / "config.yaml").write_text(config.to_yaml(lab.config(Method(), seeds[0], init_from="")))
-    (record / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
+    (record / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
     with (record / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(lab.rows[0]))
         writer.writeheader()
@@ -278,16 +282,6 @@ def conclude(
     for name, found in judged.items():
         print(f"{'holds' if found['holds'] else 'FAILS'}: {name} (>= {found['threshold']}): {found['per_seed']}")
     print(json.dumps(result), flush=True)
-
-
-def _environment() -> dict[str, object]:
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        **rundir.environment(),
-        "platform": platform.platform(),
-        "cpu": cpu[0].partition(": ")[2],
-        "cores": len(cpu),
-    }
 
 
 def _mean_sd(values: Sequence[float], form: str) -> str:

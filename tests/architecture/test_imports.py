@@ -28,11 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.views": {"diloco.counters", "diloco.messages", "diloco.paces", "diloco.pool", "diloco.progress"},
     "diloco.waiting": {"diloco.messages"},
     "diloco.tasks": TYPES,
+    "diloco.folding": {"diloco.schedule", *TYPES},
     "diloco.hearing": {"diloco.records", "diloco.schedule", *TYPES},
     "diloco.saved_view": {"diloco.seats", *TYPES},
     "diloco.saves": {"diloco.saved_view", *TYPES},
     "diloco.seats": {"diloco.schedule", "diloco.waiting", *TYPES},
-    "diloco.evaluations": {"diloco.records", "diloco.tasks", *TYPES},
+    "diloco.stopping": TYPES,
+    "diloco.evaluations": {"diloco.records", "diloco.stopping", "diloco.tasks", *TYPES},
     "diloco.pushes": {"diloco.events", "diloco.messages"},
     "diloco.watch": {"diloco.records", *TYPES},
     "diloco.records": TYPES,
@@ -49,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.feedback": {"diloco.codec", "diloco.messages"},
     "diloco.schedule": {"diloco.messages", "diloco.progress", "diloco.views"},
     "diloco.coordinator": {
+        "diloco.folding",
         "diloco.hearing",
         "diloco.schedule",
         "diloco.tasks",
@@ -62,8 +65,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "diloco.watch",
         *TYPES,
     },
+    "diloco.inbox": {"diloco.codec", "diloco.merge", "diloco.messages"},
     "diloco.store": {
         "diloco.buffers",
+        "diloco.inbox",
         "diloco.outer",
         "diloco.merge",
         "diloco.codec",
@@ -72,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "diloco.anchors": {"diloco.codec", "diloco.messages", "diloco.replica"},
     "diloco.island": {
+        "diloco.stopping",
         "diloco.anchors",
         "diloco.replica",
         "diloco.feedback",
@@ -95,7 +101,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(sorted(DATA), DATA),
     "diloco.checkpoint": {"diloco.layout", "diloco.messages", "diloco.sharded", "diloco.workers"},
     "diloco.sharded": {"diloco.checkpoint", "diloco.messages", "diloco.workers"},
-    "diloco.metrics": {"diloco.display", "diloco.fleet", "diloco.formats", "diloco.messages"},
+    "diloco.beside": {"diloco.rundir"},
+    "diloco.metrics": {"diloco.beside", "diloco.display", "diloco.fleet", "diloco.formats", "diloco.messages"},
     "diloco.display": {"diloco.fleet", "diloco.formats"},
     "diloco.fleet": {"diloco.formats"},
     "diloco.formats": set(),
@@ -112,7 +119,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         ),
     },
     "diloco.interrupts": {"diloco.runtime.base"},
-    "diloco.summary": {"diloco.runtime.base", "diloco.counters", "diloco.messages"},
+    "diloco.summary": {"diloco.beside", "diloco.runtime.base", "diloco.counters", "diloco.messages"},
     "diloco.plan": {"diloco.messages"},
     "diloco.planner": {
         "diloco.codec",
@@ -148,7 +155,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dipaco.shards": {"dipaco.router", "dipaco.saved"},
     "dipaco.documents": {"dipaco.saved", "diloco.tokens", "diloco.workloads.causal_lm"},
     "dipaco.routing": {"dipaco.features", "dipaco.router", "dipaco.saved", "dipaco.shards", *DATA},
-    "dipaco.corpus": {"dipaco.documents", "dipaco.routing", "dipaco.saved", "dipaco.shards", *DATA},
+    "dipaco.specialities": {"dipaco.features", "dipaco.routing", "dipaco.saved", *DATA},
+    "dipaco.corpus": {
+        "dipaco.documents",
+        "dipaco.routing",
+        "dipaco.saved",
+        "dipaco.shards",
+        "dipaco.specialities",
+        *DATA,
+    },
     "dipaco.workload": {
         "diloco.messages",
         "diloco.workload",
@@ -162,8 +177,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dipaco.reshard": {"dipaco.corpus", "dipaco.router", "dipaco.routing", "dipaco.saved"},
     "dipaco.config": {"diloco.config", "dipaco.*"},
     "dipaco.paths": {"diloco.layout", "diloco.messages", "diloco.placing"},
-    "dipaco.schedule": {"diloco.messages", "diloco.progress", "diloco.schedule", "diloco.views"},
-    "dipaco.loaded": {"diloco.workloads.causal_lm", "dipaco.routing"},
+    "dipaco.schedule": {"diloco.folding", "diloco.messages", "diloco.progress", "diloco.schedule", "diloco.views"},
+    "dipaco.token_router": {
+        *("diloco.workloads.causal_lm", "diloco.workloads.sampling", "dipaco.features", "dipaco.saved"),
+    },
+    "dipaco.finished": {
+        *("diloco.config", "diloco.workloads.causal_lm", "dipaco.corpus", "dipaco.documents", "dipaco.saved"),
+        *("dipaco.token_router", "dipaco.workload"),
+    },
+    "dipaco.evaluate": {
+        *("dipaco.documents", "dipaco.finished", "dipaco.saved", "dipaco.shards", "dipaco.token_router"),
+    },
+    "dipaco.loaded": {
+        *("diloco.workloads.causal_lm", "diloco.workloads.sampling", "dipaco.routing", "dipaco.saved"),
+        "dipaco.token_router",
+    },
     "dipaco": {"dipaco.config", "dipaco.loaded"},
     "experiments*": {"diloco*", "dipaco*", "experiments*"},
 }
@@ -201,7 +229,12 @@ LIBRARIES = (
     ),
     Library("torchft", ("experiments.benchmarks.peers",), inside_functions=True),
     Library(
-        "transformers", ("diloco.workloads.*", *sorted(DATA), "dipaco.features", "dipaco.loaded"), inside_functions=True
+        "transformers",
+        (
+            *("diloco.workloads.*", *sorted(DATA)),
+            *("dipaco.features", "dipaco.finished", "dipaco.loaded", "dipaco.specialities", "dipaco.token_router"),
+        ),
+        inside_functions=True,
     ),
     Library("sklearn", ("dipaco.features", "dipaco.router"), inside_functions=True),
     Library("scipy", ("dipaco.features",), inside_functions=True),

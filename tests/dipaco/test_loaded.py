@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import dipaco
 from diloco import Result
+from diloco.config import load
 from diloco.merge import Mean, MeanBy
 from dipaco.paths import Paths
 from dipaco.schedule import PathRounds
@@ -80,6 +81,9 @@ def test_a_text_goes_through_one_path(run: Result) -> None:
     text = loaded.generate(TEXT, tokens=8)
     assert text.startswith(TEXT) and text == dipaco.load(run.directory / "export").generate(TEXT, tokens=8)
     assert text != loaded.generate(TEXT, tokens=8, seed=1)
+    workload = load(run.directory / "config.yaml").workload
+    corpus = workload.corpus(planted.data(run.directory.parent), seed=0, shards=4)
+    assert text == workload.sample(model, corpus, TEXT, tokens=8, seed=0)  # one function writes for both
 
 
 def test_the_command_routes_the_prompt(run: Result, capsys: pytest.CaptureFixture[str]) -> None:

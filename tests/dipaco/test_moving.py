@@ -12,14 +12,16 @@ from diloco.events import Joined, Push, Respawn, Run
 from diloco.messages import EVALUATOR, IslandId, SourceId
 from diloco.views import RunView
 from dipaco.paths import Paths
-from dipaco.schedule import PathRounds
+from dipaco.schedule import PathFirstCome, PathRounds
 from tests.toy import FakeRuntime
 
 PARAMETERS = {f"layers.{i}.weight": (2, 2) for i in range(4)} | {"embed.weight": (3, 2)}
 ROUNDS = 3
 
 
-def begun(islands: int, schedule: PathRounds, layout: Paths, *, seed: int = 0, **settings: int) -> FakeRuntime:
+def begun(
+    islands: int, schedule: PathRounds | PathFirstCome, layout: Paths, *, seed: int = 0, **settings: int
+) -> FakeRuntime:
     modules = layout.build(PARAMETERS, 2)
     sources = schedule.num_sources(islands, layout.num_paths())
     given = {"seed": 0, "rounds": ROUNDS, "inner_steps": 6, "segment_steps": 2, "eval_every": 0, "save_every": 0}
@@ -28,6 +30,7 @@ def begun(islands: int, schedule: PathRounds, layout: Paths, *, seed: int = 0, *
         fragments=modules.fragments,
         shard_examples=[10] * sources,
         moving=True,
+        free=schedule.free,
         **{**given, **settings},
     )
     seats.begin(view, modules, islands)
@@ -94,6 +97,13 @@ def test_islands_that_die(seed: int, lag: int) -> None:
     """At random moments, of few islands; they come back, each at its time. Every path contributes once a round."""
     chance = random.Random(seed)
     runtime = begun(chance.choice([1, 2, 3, 5]), PathRounds(lag=lag, replicas=1), Paths(levels=[2, 2]), seed=seed)
+    lost = with_deaths(runtime, chance)
+    check_whole(runtime)
+    assert runtime.view.counters.islands_lost == lost
+
+
+def with_deaths(runtime: FakeRuntime, chance: random.Random) -> int:
+    """Answer at random to the run's end, while islands die at random; how many did."""
     lost = 0
     while runtime.stop is None:
         alive = [number for number, view in runtime.view.islands.items() if view.alive]
@@ -104,8 +114,32 @@ def test_islands_that_die(seed: int, lag: int) -> None:
         ready = runtime.ready()
         assert ready, "nothing is under way, and the run is not over"
         runtime.answer(chance.choice(ready))
-    check_whole(runtime)
-    assert runtime.view.counters.islands_lost == lost
+    return lost
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_asynchronous_paths_on_islands_that_die(seed: int) -> None:
+    """Each path is in one step of its modules for each of its rounds, but for what was refused; nobody hangs."""
+    chance = random.Random(seed)
+    schedule, save_every = PathFirstCome(replicas=1), chance.choice([0, 1])
+    layout = Paths(levels=[2, 2])
+    runtime = begun(chance.choice([1, 2, 3, 4, 6]), schedule, layout, seed=seed, save_every=save_every)
+    refused = {(chance.randrange(4), chance.randrange(ROUNDS))} if chance.random() < 0.5 else set()
+    runtime.bad = set(refused)
+    with_deaths(runtime, chance)
+    assert runtime.stop is not None and runtime.stop.status == "finished"
+    run = runtime.view
+    found = Counter((c.module, c.rounds[0], c.sources[0]) for c in runtime.commits())
+    expected = {
+        (key, round_, source.source)
+        for source in run.sources.values()
+        for key in run.path_of(source).values()
+        for round_ in range(ROUNDS)
+        if (source.source, round_) not in refused
+    }
+    assert set(found) == expected and set(found.values()) == {1}
+    assert run.counters.accepted == 4 * ROUNDS - len(refused) and run.counters.rejected == len(refused)
+    assert {module.round for module in run.modules.values()} == {ROUNDS}
 
 
 def test_what_a_dead_island_was_to_save_is_done_again() -> None:

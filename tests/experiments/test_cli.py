@@ -27,7 +27,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["plan", "--help"], ["sample", "--help"], ["export", "-h"], ["report", "-h"], ["doctor", "-h"]],
+    [
+        ["--help"],
+        ["plan", "--help"],
+        ["sample", "--help"],
+        ["export", "-h"],
+        ["report", "-h"],
+        ["route", "-h"],
+        ["doctor", "-h"],
+    ],
 )
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -36,7 +44,11 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["export", "runs/x"], ["report"], ["sample", "x", "--prompt", "", "--tokens", "0"]]
+    "arguments",
+    [
+        *([], ["fly"], ["export", "runs/x"], ["report"], ["sample", "x", "--prompt", "", "--tokens", "0"]),
+        *(["route"], ["route", "x", "--every", "9,x"], ["route", "x", "--steps", "few"]),
+    ],
 )
 def test_what_argparse_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments.benchmarks import ablations, async_table, async_time, compression, dipaco_table, lab, learning
+from experiments.benchmarks import ablations, async_table, async_time, compression, dipaco_table, kinds, lab, learning
 from experiments.benchmarks.lab import Order
 
 
@@ -126,10 +127,27 @@ def test_the_race_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert 1 < race["bound"] <= 3.25
 
 
-def test_dipacos_table_has_its_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dipacos_table_has_its_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(kind: int) -> list[str]:
+        return [f"{kind} " + "abcdefgh"[kind] * (300 + i) for i in range(40)]
+
+    monkeypatch.setattr(kinds, "KINDS", {f"kind{i}": partial(made, i) for i in range(4)})
+    monkeypatch.setattr(dipaco_table, "QUICK_SCALE", lab.QUICK)
     assert dipaco_table.main(["--quick", "--to", str(tmp_path)]) == 0
     result = last_line(capsys)
     assert {"dipaco", "diloco", "dense", "flat", "purity"} <= set(result)
     assert set(result["orders"]) == set(dipaco_table.ORDERS)  # type: ignore[call-overload]
+    assert result["purity"] == 1
     with pytest.raises(SystemExit, match="2"):
         dipaco_table.main(["--paths", "3"])
+    with pytest.raises(ValueError, match="1 to 4"):
+        kinds.files(tmp_path, 5)
+    assert [dipaco_table.levels(paths) for paths in (4, 8, 16)] == [[2, 2], [2, 4], [4, 4]]
+    assert dipaco_table.rows(16, quick=False) == [
+        dipaco_table.DENSE,
+        dipaco_table.DILOCO,
+        dipaco_table.SHIPPED,
+        dipaco_table.LONG,
+    ]

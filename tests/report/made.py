@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,68 @@ def free_records() -> list[dict[str, Any]]:
         {"time_s": 7.0, "event": "checkpoint", "round": 2, "path": "x", "seconds": 0.1, "clock_s": 32.0},
         {"time_s": 8.0, "event": "end", "round": 2, "status": "finished"},
     ]
+
+
+LEVELS = [(first, second) for first in range(2) for second in range(2)]
+
+
+def modules(rows: Sequence[tuple[int, ...]] = LEVELS) -> list[dict[str, str]]:
+    """The modules of paths that share what is outside of their levels."""
+    return [
+        {"shared": "shared/0", **{f"level{level}": f"level{level}/{module}" for level, module in enumerate(row)}}
+        for row in rows
+    ]
+
+
+def routing(paths: int = 4) -> dict[str, Any]:
+    """Path p trains on 10 (p + 1) documents, half of them of a domain that is nearly its own."""
+    by_path = []
+    for path in range(paths):
+        domains = [{"name": f"domain-{path}", "documents": 5 * path + 5, "share": 0.5, "of_domain": 0.875}]
+        domains += [{"name": "all", "documents": path + 1, "share": 0.1, "of_domain": 0.2 + path / 1000}]
+        typical = [{"domain": f"domain-{path}", "text": f"typical of {path}, {rank}"} for rank in ("first", "second")]
+        by_path.append({"domains": domains, "typical": typical})
+    total = paths * (paths + 1) / 2
+    training = {
+        "documents": [10 * (path + 1) for path in range(paths)],
+        "load": [round((path + 1) / total, 4) for path in range(paths)],
+        "purity": 0.5,
+        "concentration": 0.75,
+    }
+    validation = {"documents": [path + 1 for path in range(paths)], "load": [1 / paths] * paths}
+    validation |= {"purity": 0.4, "concentration": 0.6}
+    return {"router": "kmeans", "warnings": [], "training": training, "validation": validation, "by_path": by_path}
+
+
+def evaluated(time_s: float, done: int, perplexities: Sequence[float], **beside: float) -> dict[str, Any]:
+    """The evaluation of paths with these perplexities; the whole is the mean loss, for they are equally large."""
+    losses = [math.log(perplexity) for perplexity in perplexities]
+    told = {f"eval/loss/{path}": loss for path, loss in enumerate(losses)}
+    told |= {f"eval/load/{path}": 1 / len(losses) for path in range(len(losses))}
+    told |= {f"beside/{label}": math.log(perplexity) for label, perplexity in beside.items()}
+    return {**evaluation(time_s, done, sum(losses) / len(losses)), **told}
+
+
+def routed_records(number: int = 4, rounds: int = 6, **begun: Any) -> list[dict[str, Any]]:
+    """Paths whose perplexity falls from 400 to a hundredth of itself and more; two modules, each of half of them."""
+    told = [start(**begun), evaluated(1.5, 0, [400.0] * number, dense=400.0)]
+    for done in range(1, rounds + 1):
+        half = [list(range(number // 2)), list(range(number // 2, number))]
+        for module, contributors in enumerate(half):
+            outer = {"outer/contributors": contributors, "outer/stalenesses": [0] * len(contributors)}
+            outer |= {"outer/version": done, "outer/alive": 2, "outer/participating": len(contributors)}
+            outer |= {"outer/contribution_norms": [1.0 + module, 2.0 + module], "outer/weight": 0.5}
+            told.append({**commit(2.0 * done, done), **outer})
+        told.append(evaluated(2.0 * done, done, [(4.0 + path) * rounds / done for path in range(number)], dense=9.0))
+    return [*told, {"time_s": 20.0, "event": "end", "round": rounds, "status": "finished"}]
+
+
+def write_routed(folder: Path, paths: int = 4, *, rows: Sequence[tuple[int, ...]] = LEVELS, **more: Any) -> Path:
+    """A finished run of several paths, exported, on documents of several domains."""
+    told = routed_records(paths)
+    newest = next(record["eval/loss"] for record in reversed(told) if record["event"] == "evaluation")
+    known = {"paths": paths, "routed_val_loss": newest, "dense_val_loss": 2.125, "data": {"routing": routing(paths)}}
+    run = write_run(folder, told, summed=summary("made", newest, **{**known, **more}))
+    (folder / "export").mkdir()
+    (folder / "export" / "paths.json").write_text(json.dumps({"paths": modules(rows)}))
+    return run

@@ -9,7 +9,7 @@ import pytest
 
 from diloco.report import write_report
 from tests.report.browser import CHROMIUM, Browser, browser
-from tests.report.made import free_records, write_run, write_sweep
+from tests.report.made import free_records, write_routed, write_run, write_sweep
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open the report in: apt install chromium")
 
@@ -37,10 +37,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield found
 
 
-@pytest.mark.parametrize("kind", ["run", "sweep", "free"])
+@pytest.mark.parametrize("kind", ["run", "sweep", "free", "paths", "many"])
 def test_a_browser_has_nothing_to_say(page: Browser, tmp_path: Path, kind: str) -> None:
-    told = free_records() if kind == "free" else None
-    folder = write_sweep(tmp_path / "sweep") if kind == "sweep" else write_run(tmp_path / "run", told)
+    make = {
+        "run": write_run,
+        "sweep": write_sweep,
+        "free": lambda folder: write_run(folder, free_records()),
+        "paths": write_routed,
+        "many": lambda folder: write_routed(folder, 16, rows=[(a, b) for a in range(4) for b in range(4)]),
+    }
+    folder = make[kind](tmp_path / "run")
     path = write_report([folder], tmp_path / "out")
     for width in (400, 1280):
         for dark in (False, True):

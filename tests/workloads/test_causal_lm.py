@@ -19,6 +19,7 @@ from diloco.data import Data, TokenCorpus
 from diloco.files import DocumentUnit
 from diloco.messages import ShardId
 from diloco.vocabulary import EOS
+from diloco.workloads import sampling
 from diloco.workloads.causal_lm import CausalLM
 from diloco.workloads.presets import PRESETS
 
@@ -267,6 +268,14 @@ def test_an_export_can_be_trained_on(model: nn.Module, corpus: TokenCorpus, data
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "second").train(), model)
     names = ("config.json", "generation_config.json", "tokenizer.json")
     assert all((tmp_path / name).read_text() == (tmp_path / "second" / name).read_text() for name in names)
+
+
+def test_tokens_without_text_are_never_written(model: Any, corpus: TokenCorpus) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder)
+    assert corpus.vocab_size == 300 and model.config.vocab_size == 4096  # most tokens of the model stand for nothing
+    with sampling.seeded(0, torch.device("cpu")):
+        written = sampling.continuation(model.eval(), tokenizer, [5, 6], tokens=50)
+    assert max(written) < 300 and (len(written) == 50 or written[-1] == tokenizer.eos_token_id)
 
 
 def test_samples_are_seeded(model: nn.Module, corpus: TokenCorpus) -> None:
