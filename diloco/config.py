@@ -106,7 +106,7 @@ class RunConfig:
         if paths > 1 and self.schedule.free and not self.schedule.moving:
             raise ValueError(
                 f"schedule={choice_of('schedule', self.schedule)} takes data from a pool for all islands, and each of"
-                f" the layout's {paths} paths has data of its own: use schedule=path_rounds, or a layout of one path"
+                f" the layout's {paths} paths has data of its own: use schedule=path_rounds or path_first_come"
             )
         self.workload.for_paths(paths)  # raises where it cannot be, as the next does
         if self.workload.num_blocks():

@@ -26,6 +26,7 @@ def _commit(stats: Sequence[CommitStats], run: RunView) -> Log:
     norms = [math.sqrt(max(gram[i][i], 0.0)) for i in range(size)]
     pairs = [(i, j) for i in range(size) for j in range(i) if norms[i] > 0 and norms[j] > 0]
     cosines = [gram[i][j] / (norms[i] * norms[j]) for i, j in pairs]
+    stalest = max((s.staleness for s in stats), key=sum)  # of modules of a path: by this they are damped
     record: dict[str, object] = {
         "event": "commit",
         "round": stats[0].round + 1,
@@ -38,8 +39,8 @@ def _commit(stats: Sequence[CommitStats], run: RunView) -> Log:
         "outer/cosine": sum(cosines) / len(cosines) if cosines else None,
         "outer/cosines": cosines,
         "outer/contributors": list(stats[0].sources),
-        "outer/staleness": sum(stats[0].staleness) / len(stats[0].staleness),
-        "outer/stalenesses": list(stats[0].staleness),
+        "outer/staleness": sum(stalest) / len(stalest),
+        "outer/stalenesses": list(stalest),
         "outer/rounds": list(stats[0].rounds),
         "outer/scale": stats[0].scale,
         "outer/alive": run.alive(),
