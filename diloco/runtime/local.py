@@ -230,12 +230,11 @@ class LocalBackend(Backend):
         if folder is not None:
             evaluator.write_model(Path(folder))
         digests = {name: digest for shard in self._shards for name, digest in shard.outer_digests().items()}
-        sample = evaluator.sample(prompt) if folder is not None else ""
         return Final(
             parameters=evaluator.num_parameters(),
             weights_sha256=evaluator.weights_sha256(),
             outer_digests=digests,
-            sample=sample,
+            sample=evaluator.sample(prompt) if folder is not None else "",
         )
 
     def close(self) -> None:
