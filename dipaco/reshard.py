@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from diloco.tokens import TokenFolder
@@ -86,11 +87,15 @@ class Scorer:
         pieces = Pieces(folder, documents, length=length, prefix=workload["prefix_tokens"])
         if tokens:
             pieces.shorten(tokens)
-        columns = []
-        for path in range(workload["paths"]):
-            exported = str(self.run / "export" / f"path{path}")
-            model = CausalLM(model=exported, trust_remote_code=workload["trust_remote_code"]).build_model(0)
-            columns.append(pieces.document_scores(model))
+        columns, threads = [], torch.get_num_threads()
+        torch.set_num_threads(1)  # several on busy cores are far slower, and may give other bits
+        try:
+            for path in range(workload["paths"]):
+                exported = str(self.run / "export" / f"path{path}")
+                model = CausalLM(model=exported, trust_remote_code=workload["trust_remote_code"]).build_model(0)
+                columns.append(pieces.document_scores(model))
+        finally:
+            torch.set_num_threads(threads)
         return np.unique(pieces.documents), np.stack(columns, axis=1)
 
     def loads(self) -> Doubles:

@@ -258,6 +258,12 @@ def test_too_few_to_tell_paths_apart(folder: Path, tmp_path: Path) -> None:
 
 def test_the_settings_of_a_routing_name_the_scorer() -> None:
     usual = {"router": RouterKind.kmeans, "paths": 4, "base": "", "prefix_tokens": 1, "document_tokens": 0}
-    more: dict[str, Any] = {"overlap": 1, "balance": 0.0, "router_fraction": 0.1, "stop_fraction": 0.0, "router_file": ""}
+    more: dict[str, Any] = {
+        "overlap": 1,
+        "balance": 0.0,
+        "router_fraction": 0.1,
+        "stop_fraction": 0.0,
+        "router_file": "",
+    }
     found = [Settings(**usual, **more, seed=0, scorer=scorer).fingerprint() for scorer in ("", "/a", "/b")]  # type: ignore[arg-type]
     assert found[0] != found[1] != found[2]
