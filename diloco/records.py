@@ -14,7 +14,8 @@ def committed(event: Committed, run: RunView) -> list[Log]:
     """What the outer steps looked like, of those modules together that took theirs on the same contributions."""
     alike: dict[object, list[CommitStats]] = {}
     for stats in event.stats:
-        alike.setdefault((stats.round, run.fragment_of(stats.module), stats.sources, stats.rounds), []).append(stats)
+        heard = (stats.round, run.fragment_of(stats.module), stats.sources, stats.rounds, stats.scale)
+        alike.setdefault(heard, []).append(stats)
     return [_commit(group, run) for group in alike.values()]
 
 
@@ -26,7 +27,7 @@ def _commit(stats: Sequence[CommitStats], run: RunView) -> Log:
     norms = [math.sqrt(max(gram[i][i], 0.0)) for i in range(size)]
     pairs = [(i, j) for i in range(size) for j in range(i) if norms[i] > 0 and norms[j] > 0]
     cosines = [gram[i][j] / (norms[i] * norms[j]) for i, j in pairs]
-    stalest = max((s.staleness for s in stats), key=sum)  # of modules of a path: by this they are damped
+    stalest = max((s.staleness for s in stats), key=sum)
     record: dict[str, object] = {
         "event": "commit",
         "round": stats[0].round + 1,
