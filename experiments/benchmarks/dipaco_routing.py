@@ -13,6 +13,9 @@ documents in a phase. A router that stays is not fitted again. The inner rate is
     discriminative     k-means          best path after 1    the same
     discriminative x2  k-means          best path after 1    best path after 2
 
+Second half: the last row's model, with its path chosen once a document, or every 64, 32 or 16 tokens by a token router
+(`dipaco.evaluate`). The paper's order is that more often is better.
+
 Documents that score paths are in no phase's shards; only the pre-training that all begin with has read them.
 All are measured on the same whole documents, without the first `PREFIX_TOKENS` bytes, by which a router chooses. The
 last line is a JSON object; `purity` is that of the last phase's router on what is held out, by true domain.
@@ -32,6 +35,7 @@ from diloco import RunConfig
 from diloco.data import CORPORA, Data
 from diloco.inner import AdamW, RateSchedule
 from diloco.merge import Mean, MeanBy
+from dipaco.evaluate import frequencies
 from dipaco.paths import Paths
 from dipaco.routing import RouterKind
 from dipaco.schedule import PathRounds
@@ -48,6 +52,9 @@ ORDERS = {
     "discriminative below k-means": Order(better=ONCE, worse=KMEANS, threshold=0.0),
     "a second re-sharding does not hurt": Order(better=TWICE, worse=ONCE, threshold=-0.005),
 }
+EVERY = (64, 32, 16)  # tokens
+OFTEN = {every: f"{TWICE}; rerouted every {every}" for every in EVERY}
+ORDERS |= {f"every {every} below once": Order(better=OFTEN[every], worse=TWICE, threshold=0.0) for every in EVERY}
 SCORED = {ONCE: (1,), TWICE: (1, 2)}  # the phases that begin with a re-sharding by the paths of the phase before
 
 
@@ -105,8 +112,16 @@ def first_half(sharding: Sharding, seeds: Sequence[int]) -> tuple[dict[str, list
     return losses, {name: round(fmean(found), 4) for name, found in purity.items()}
 
 
-# Second half, how often a path is chosen: dipaco.evaluate.frequencies(run, every) of the run in the directory
-# lab.kept(sharding.config(TWICE, seed, PHASES - 1)), whose checkpoint and export are kept.
+def second_half(sharding: Sharding, seeds: Sequence[int], *, quick: bool) -> dict[str, list[float]]:
+    """Losses of the last row's model by how often a token router chooses the path, by seed."""
+    losses: dict[str, list[float]] = {name: [] for name in OFTEN.values()}
+    for seed in seeds:
+        run = sharding.lab.kept(sharding.config(TWICE, seed, PHASES - 1))
+        found = frequencies(run, EVERY, steps=2, documents=8) if quick else frequencies(run, EVERY)
+        for every, name in OFTEN.items():
+            losses[name].append(found[str(every)])
+            print(f"  seed {seed}  {name:44} {found[str(every)]:.4f}", flush=True)
+    return losses
 
 
 def data(given: Namespace) -> Data:
@@ -144,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lab=lab, paths=given.paths, router_fraction=given.router_fraction, flat=given.flat, method=method
     )
     losses, purity = first_half(sharding, seeds)
+    losses |= second_half(sharding, seeds, quick=given.quick)
     text = table(losses, against=KMEANS)
     settings = {key: vars(given)[key] for key in ("paths", "router_fraction", "flat")}
     more = {"purity": purity, "corpus": given.files or given.corpus, **settings}
