@@ -98,7 +98,8 @@ def _resumed(config: RunConfig, directory: Path) -> Start:
 
 def _as_begun(config: RunConfig, saved: RunConfig) -> RunConfig:
     """`config` with what it leaves to be derived as the run has derived it, once, at its start."""
-    config = replace(config, workload=config.workload.for_paths(config.layout.num_paths()))
+    if config.layout.num_paths() == saved.layout.num_paths():  # else they differ, which is told with the rest
+        config = replace(config, workload=config.workload.for_paths(config.layout.num_paths()))
     if config.store.shards == 0:
         config = replace(config, store=saved.store)
     if type(config.outer) is type(saved.outer):

@@ -53,7 +53,7 @@ class Schedule(ABC):
             near = f"{down} or {down + fragments}" if down else f"{fragments}"
             raise ValueError(
                 f"inner_steps={inner_steps} is not divisible by the {fragments} fragments of the layout;"
-                f" use {near}, or other fragments (layout.layers_per_fragment, or layout.count)"
+                f" use {near}, or other fragments (layout.layers_per_fragment or count; of paths, layout.fragments)"
             )
 
     @abstractmethod

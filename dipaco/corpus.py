@@ -112,8 +112,8 @@ class RoutedCorpus:
             pieces = self.pieces(np.flatnonzero(self.table.for_stop & (self.table.path == path)))
             if len(pieces) == 0:
                 raise ValueError(
-                    f"workload.stop_fraction={self.settings.stop_fraction} leaves path {path} no document to stop"
-                    " early by: use more, or 0 for no early stopping"
+                    f"workload.stop_fraction={self.settings.stop_fraction}, {int(self.table.for_stop.sum())} documents,"
+                    f" leaves path {path} no document to stop early by: use more, smaller documents or more data"
                 )
             pieces.thin(self.tokens.data.eval_sequences)
             found.append(pieces)

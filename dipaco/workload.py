@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,11 +74,13 @@ class RoutedLM(Workload):
                 f"workload.router={self.router.value} with workload.scorer={self.scorer!r}: router=discriminative "
                 "takes the directory of a finished run, and the others take none"
             )
-        if self.router in (RouterKind.domains, RouterKind.iid) and (self.overlap > 1 or self.balance):
-            raise ValueError(
-                f"workload.router={self.router.value} has no scores for workload.overlap={self.overlap} or "
-                f"workload.balance={self.balance}: set workload.overlap=1 and workload.balance=0, or use another router"
-            )
+        by_score = {"overlap": (self.overlap, 1), "balance": (self.balance, 0)}
+        for name, (given, off) in by_score.items():
+            if self.router in (RouterKind.domains, RouterKind.iid) and given != off:
+                raise ValueError(
+                    f"workload.router={self.router.value} has no scores for workload.{name}={given}: set"
+                    f" workload.{name}={off}, or use another router"
+                )
 
     def build_model(self, seed: int) -> nn.Module:
         return self._language().build_model(seed)
@@ -170,7 +173,8 @@ class RoutedLM(Workload):
         self._language().export(model, _routed(corpus).tokens, folder)
 
     def export_shared(self, corpus: Corpus, folder: Path) -> None:
-        """The router, for `dipaco.load`; true and random shards have none."""
+        """The router, for `dipaco.load`; true and random shards have none. A token router of earlier weights goes."""
+        shutil.rmtree(folder / "token_router", ignore_errors=True)
         table = _routed(corpus).table
         if table is not None and table.routing is not None:
             table.routing.save(folder / "router")
