@@ -30,28 +30,20 @@ def routed(folder: TokenFolder, settings: Settings) -> Table:
     return Table(**table, routing=routing, sha256=digest)
 
 
-def held_for_router(folder: TokenFolder, fraction: float) -> Integers:
-    """int64[documents]: the training documents that score paths, and that no path trains on.
+def _aside(folder: TokenFolder, *fractions: float) -> list[Integers]:
+    """int64[documents] for each fraction of the training documents: held out of training, none of them twice.
 
-    A function of the corpus and the fraction alone, whatever the seed: runs that build on each other hold out the same.
+    A function of corpus and fractions alone, whatever the seed: runs that build on each other hold out the same.
     """
-    return np.sort(_order(folder)[: _count(folder, fraction)])
-
-
-def _order(folder: TokenFolder) -> Integers:
     training = np.flatnonzero(~folder.held_out)
-    return np.random.default_rng(np.random.SeedSequence(0, spawn_key=(2,))).permutation(training)
-
-
-def _count(folder: TokenFolder, fraction: float) -> int:
-    return round(fraction * int(np.count_nonzero(~folder.held_out)))
+    order = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(2,))).permutation(training)
+    return np.split(order, np.cumsum([round(fraction * len(training)) for fraction in fractions]))[: len(fractions)]
 
 
 def _make(folder: TokenFolder, settings: Settings, made: Path) -> None:
     documents = np.arange(len(folder.held_out))
-    for_router = np.isin(documents, held_for_router(folder, settings.router_fraction))
-    aside = _order(folder)[_count(folder, settings.router_fraction) :][: _count(folder, settings.stop_fraction)]
-    for_stop = np.isin(documents, aside)
+    aside = _aside(folder, settings.router_fraction, settings.stop_fraction)
+    for_router, for_stop = (np.isin(documents, part) for part in aside)
     training = np.flatnonzero(~folder.held_out & ~for_router & ~for_stop)
     check_enough(len(training), settings.paths)
     trains = np.full((len(documents), settings.overlap), -1, dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, final
@@ -82,14 +83,9 @@ class ProductRouter(Router):
     @classmethod
     def fit(cls, features: Floats, *, paths: int, seed: int) -> ProductRouter:
         """ValueError where `paths` is no square, or there are fewer documents than paths."""
-        side = round(paths**0.5)
-        if side * side != paths:
-            raise ValueError(
-                f"router=product needs a square number of paths, not {paths}: use {max(1, side) ** 2} paths, or "
-                "router=kmeans"
-            )
+        check_square(paths)
         check_enough(len(features), paths)
-        half = features.shape[1] // 2
+        side, half = math.isqrt(paths), features.shape[1] // 2
         return cls(_centers(features[:, :half], side, seed), _centers(features[:, half:], side, seed))
 
     @property
@@ -206,6 +202,16 @@ def balancing_bias(scores: Floats, target: Doubles) -> Floats:
             bias += temperature * (np.log(wanted) - np.log(soft.mean(axis=0) + 1e-30))
             bias -= bias.mean()
     return found.astype(np.float32)
+
+
+def check_square(paths: int) -> None:
+    """Raise ValueError where product k-means cannot have so many paths."""
+    if math.isqrt(paths) ** 2 != paths:
+        near = max(1, round(paths**0.5)) ** 2
+        raise ValueError(
+            f"workload.router=product needs a square number of paths, not {paths}: use {near} paths, or "
+            "workload.router=kmeans"
+        )
 
 
 def check_enough(documents: int, paths: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from diloco.workload import Batch, Corpus, Workload
 from diloco.workloads.causal_lm import CausalLM
 from dipaco.corpus import RoutedCorpus
 from dipaco.documents import Pieces
+from dipaco.router import check_square
 from dipaco.routing import RouterKind, Settings
 from dipaco.saved import Integers
 
@@ -48,12 +48,8 @@ class RoutedLM(Workload):
                 raise ValueError(f"workload.{name}={vars(self)[name]}: it must be at least {least}")
         if self.paths and self.overlap > self.paths:
             raise ValueError(f"workload.overlap={self.overlap} with {self.paths} paths: use at most {self.paths}")
-        if self.router is RouterKind.product and math.isqrt(self.paths) ** 2 != self.paths:
-            near = max(1, round(self.paths**0.5)) ** 2
-            raise ValueError(
-                f"workload.router=product needs a square number of paths, not {self.paths}: use {near} paths, or "
-                "workload.router=kmeans"
-            )
+        if self.router is RouterKind.product:
+            check_square(self.paths)
         if self.balance and self.balance < 1:
             raise ValueError(f"workload.balance={self.balance}: a shard needs its fair share: at least 1, or 0 = off")
         for name in ("router_fraction", "stop_fraction"):

@@ -121,13 +121,13 @@ class LocalBackend(Backend):
 
     def setup(self, modules: Modules) -> None:
         """Makes islands and shards."""
-        self._modules = modules
+        self._modules, steps_a_round = modules, self._job.steps_a_round(modules)
         self._islands |= {IslandId(index): self._make_island() for index in range(self._job.islands)}
         for island in self._islands.values():
             island.setup(modules)
         self._shards = [self._job.make_store() for _ in range(self._job.shards)]
         for shard in self._shards:
-            shard.setup(self._job.steps_a_round(modules))
+            shard.setup(steps_a_round)
 
     def fill(self, init_from: str) -> Mapping[IslandId, list[ModuleKey]]:
         """From the evaluator's fresh model."""

@@ -103,7 +103,8 @@ class RayBackend(Backend):
         self._modules = modules
         self._puller = Puller(self._shards, modules, self._job.codec_down)
         get_all({f"island {i}": island.built for i, island in self._islands.items() if i != EVALUATOR})
-        get([shard.setup.remote(self._job.steps_a_round(modules)) for shard in self._shards])
+        steps_a_round = self._job.steps_a_round(modules)
+        get([shard.setup.remote(steps_a_round) for shard in self._shards])
         answers = {island: handle.setup(modules) for island, handle in self._islands.items()}
         self._nodes = {island: get(refs)[0] for island, refs in answers.items()}
 

@@ -178,6 +178,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "diloco.workloads.causal_lm",
         "dipaco.corpus",
         "dipaco.documents",
+        "dipaco.router",
         "dipaco.routing",
         "dipaco.saved",
         *DATA,
