@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PACE_ROUNDS = 20  # speed and time left are measured over this many of the newest rounds
 REFRESHES_PER_S = 4
+MOST_PATHS = 8  # that are named in a line
 OTHER_LINES = 10  # of the drawing: all but the islands' rows
 
 
@@ -231,6 +232,7 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
     if number(summary, "paths"):
         routed, dense = (format_loss(number(summary, f"{kind}_val_loss")) for kind in ("routed", "dense"))
         rows.append((f"{summary['paths']} paths", f"{routed} routed" + (f", {dense} dense" if dense != "-" else "")))
+        rows += _early_stopping(summary)
     wall = format_duration(amount(summary, "wall_s"))
     speed = f"{format_count(amount(summary, 'tokens_per_s'))} a second"
     rows += [("tokens", f"{format_count(amount(summary, 'tokens'))}, {speed}"), ("wall time", wall)]
@@ -247,6 +249,16 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
         rows.append(("", f"{more} data parallel would have sent ({format_bytes(parallel)})"))
     paths = {"run directory": "run_directory", "checkpoint": "checkpoint", "exported model": "export"}
     return rows + [(name, str(summary[key])) for name, key in paths.items() if summary.get(key)]
+
+
+def _early_stopping(summary: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Which paths count as they were before the last round; nothing without early stopping."""
+    best = summary.get("best_rounds")
+    if not isinstance(best, Mapping):
+        return []
+    early = [f"path {path} after round {round_}" for path, round_ in best.items() if round_ != summary["rounds"]]
+    more = f", and {len(early) - MOST_PATHS} more" if len(early) > MOST_PATHS else ""
+    return [("stopped early", ", ".join(early[:MOST_PATHS]) + more or "no path")]
 
 
 def _range(losses: list[float]) -> str:

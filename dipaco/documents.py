@@ -15,7 +15,7 @@ from diloco.workloads.causal_lm import EVALUATION_BATCH, evaluating
 from dipaco.saved import Doubles, Floats, Integers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 TOKENS_AT_ONCE = 1024  # at least as many are read at once, in short pieces too
@@ -57,13 +57,11 @@ class Pieces:
 
     def log_likelihoods(self, model: nn.Module, indices: Array) -> Doubles:
         """float64[len(indices)]: the sum over each piece's counted tokens, in nats. The model's mode is kept."""
-        found = np.zeros(len(indices))
+        found = [np.empty(0)]
         with evaluating(model):
-            size = max(EVALUATION_BATCH, TOKENS_AT_ONCE // self._length)
-            for first in range(0, len(indices), size):
-                chunk = indices[first : first + size]
-                found[first : first + len(chunk)] = -self._losses(model, chunk).sum(dim=1).double().cpu().numpy()
-        return found
+            for chunk in self._batches(indices):
+                found.append(-self._losses(model, chunk).sum(dim=1).double().cpu().numpy())
+        return np.concatenate(found)
 
     def places(self) -> tuple[Integers, Integers]:
         """int64[tokens], twice: of every counted token, piece by piece, the document and the position in it."""
@@ -79,8 +77,7 @@ class Pieces:
         """
         found = [np.empty(0, dtype=np.float32)]
         with evaluating(model):
-            for first in range(0, len(self), EVALUATION_BATCH):
-                chunk = np.arange(first, min(first + EVALUATION_BATCH, len(self)))
+            for chunk in self._batches(np.arange(len(self))):
                 losses = self._losses(model, chunk).cpu().numpy()
                 columns = np.arange(losses.shape[1])
                 ends = (self._stops - self._starts)[chunk][:, None]
@@ -96,6 +93,11 @@ class Pieces:
         _, places = np.unique(self.documents, return_inverse=True)
         sums = np.bincount(places, self.log_likelihoods(model, np.arange(len(self))))
         return np.asarray(sums / np.bincount(places, self.tokens), dtype=np.float64)
+
+    def _batches(self, indices: Array) -> Iterator[Array]:
+        """What a model reads at once."""
+        size = max(EVALUATION_BATCH, TOKENS_AT_ONCE // self._length)
+        return (indices[first : first + size] for first in range(0, len(indices), size))
 
     def _losses(self, model: nn.Module, indices: Sequence[int] | Array) -> Tensor:
         """float32[pieces, longest]: of each target, 0 where it is padding or prefix."""

@@ -104,7 +104,7 @@ def token_router(
     """The token router of a run: the saved one, or one that is fitted now and saved in the export.
 
     It is fitted where none was saved, `refit` is true, the paths have other weights now, or other settings than the
-    saved one's are given; those left out are Fitting's defaults, and all the `documents` that were held out for it.
+    saved one's are given; those left out are Fitting's defaults.
     """
     asked: dict[str, int] = {
         name: value

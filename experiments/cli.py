@@ -95,8 +95,8 @@ def _add_route(parser: argparse.ArgumentParser) -> None:
     )
     for name, letter, text in (
         ("look-ahead", "L", "tokens over which the router learns to tell the best path; default 64"),
-        ("documents", "N", "that it learns from: those held out for it (all is the default), then training documents"),
-        ("steps", "N", "of its training; default 300"),
+        ("documents", "N", "that it learns from (1000): held out for it, then trained on; 0 = only the former"),
+        ("steps", "N", "of its training; default 600"),
     ):
         parser.add_argument(f"--{name}", metavar=letter, type=int, help=text)
     parser.add_argument("--refit", action="store_true", help="fit it, though one with these settings was saved")

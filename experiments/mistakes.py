@@ -114,6 +114,8 @@ def _wrong_type(cause: ValidationError, overrides: Sequence[str]) -> str:
         return f"{given}: {key} must be {KINDS.get(kind, kind)}"
     if "is not a valid bool" in text:
         return f"{given}: {key} must be true or false"
+    if "is not a ListConfig" in text:
+        return f"{given}: {key} must be a list: write '{key}=[{given.partition('=')[2]}]'"
     if "is not Optional" in text:
         return f"{given}: {key} must have a value"
     return f"{given}: {text}"

@@ -66,6 +66,7 @@ class Evaluation(NamedTuple):
     clock_s: float = 0.0
     by_path: Mapping[int, float] = NOTHING  # losses, where there are several paths
     loads: Mapping[int, float] = NOTHING  # shares of the validation tokens, by path
+    best_rounds: Mapping[int, float] = NOTHING  # with early stopping: after which each path counts
     beside: Mapping[str, float] = NOTHING  # losses of other runs after as many steps, by label
 
 
@@ -248,10 +249,10 @@ def _commit(record: Mapping[str, Any], time_s: float, segments: int) -> Commit:
 
 
 def _evaluation(record: Mapping[str, Any], time_s: float, clock_s: float) -> Evaluation:
-    told = (_below(record, prefix) for prefix in ("eval/loss/", "eval/load/"))
-    by_path, loads = ({int(path): value for path, value in found.items()} for found in told)
-    losses = by_path, loads, _below(record, "beside/")
-    return Evaluation(_round(record), time_s, number(record, "eval/loss"), clock_s, *losses)
+    told = (_below(record, prefix) for prefix in ("eval/loss/", "eval/load/", "eval/best_round/"))
+    by_path, loads, best = ({int(path): value for path, value in found.items()} for found in told)
+    loss = number(record, "eval/loss")
+    return Evaluation(_round(record), time_s, loss, clock_s, by_path, loads, best, _below(record, "beside/"))
 
 
 def _below(record: Mapping[str, Any], prefix: str) -> dict[str, float]:

@@ -43,6 +43,8 @@ def explanation(paths: Paths) -> str:
         "Documents that each path trains on, and held-out ones that it is evaluated on; its validation loss and"
         " perplexity before training and now."
     )
+    if _stops(paths):
+        text += " Best round: after which the path did best on documents held out for early stopping, and counts."
     if paths.purity is None or domain is None:
         return text
     name, share, of_domain = domain.name, f"{100 * domain.share:.0f} %", f"{100 * domain.of_domain:.0f} %"
@@ -72,11 +74,13 @@ def overview(paths: Paths) -> str:
     """A row for each path."""
     domains = paths.purity is not None
     head = ["path", *map(spoken, paths.levels), "documents", "share of tokens", "held out", "share of tokens"]
-    head += ["loss", "perplexity", *(["specialises in"] if domains else [])]
+    head += ["loss", "perplexity"]
+    head += [*(["best round"] if _stops(paths) else []), *(["specialises in"] if domains else [])]
     rows = []
     for path in paths.paths:
         texts = [*path.modules, *_share(path.training), *_share(path.validation)]
         texts += [f"{form(path.first)}{ARROW}{form(path.newest)}" for form in (format_loss, format_perplexity)]
+        texts += [NONE if path.best_round is None else str(path.best_round)] if _stops(paths) else []
         row = [_name(paths, path), *(Cell(text=text, kind="number") for text in texts)]
         rows.append([*row, *([Cell(text=_domains(path), kind="wide")] if domains else [])])
     return table("Each path: modules, documents, loss", head, rows)
@@ -98,6 +102,10 @@ def documents(paths: Paths) -> str:
     why = "of its largest domain" if paths.router in ("domains", "iid") else why
     head = ["path", *(["domain"] if domains else []), "begins with"]
     return table(f"Typical documents of each path: {why}", head, rows) if rows else ""
+
+
+def _stops(paths: Paths) -> bool:
+    return any(path.best_round is not None for path in paths.paths)
 
 
 def _name(paths: Paths, path: Path) -> Cell:

@@ -45,6 +45,7 @@ class Path:
     validation: Share
     first: float | None  # validation loss of the untrained path
     newest: float | None
+    best_round: int | None  # after which it counts, with early stopping
     domains: Sequence[Domain]
     typical: Sequence[Document]
 
@@ -116,6 +117,7 @@ def _path(index: int, modules: Sequence[str], routing: Mapping[str, Any], told: 
         validation=validation,
         first=told[0].by_path.get(index) if told and told[0].round == 0 else None,
         newest=losses[-1] if losses else None,
+        best_round=int(told[-1].best_rounds[index]) if told and index in told[-1].best_rounds else None,
         domains=[Domain(str(d["name"]), float(d["share"]), float(d["of_domain"])) for d in of_path.get("domains", [])],
         typical=[Document(str(d["domain"]), str(d["text"])) for d in of_path.get("typical", [])],
     )

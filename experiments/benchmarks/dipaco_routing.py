@@ -2,11 +2,13 @@
 
     python -m experiments.benchmarks.dipaco_routing [--seeds 0,1,2] [--paths 4] [--quick] [--to DIR]
         [--corpus botocore | --files 'a/*.txt,b/*.txt' [--domain-field F]] [--router-fraction F] [--flat]
+        [--phase-steps S] [--inner-steps H]
 
 First half: k-means, product k-means and discriminative re-sharding (arXiv:2403.10616, section 2.4), once and twice.
-The paper's order is discriminative < product k-means <= k-means. All are trained in the same three phases, each of a
-third of the steps and with fresh optimizer state, on the data in another order: what differs is which router deals the
-documents in a phase. A router that stays is not fitted again. The inner rate is constant and falls in the last phase.
+The paper's order is discriminative < product k-means <= k-means. All are trained in the same three phases, each with
+fresh optimizer state, on the data in another order: what differs is which router deals the documents in a phase. Paths
+can only score documents once they differ: phases of 130 steps are too short for that with modules that are shared.
+A router that stays is not fitted again. The inner rate is constant and falls in the last phase.
 
     k-means            k-means          the same             the same
     product            product k-means  the same             the same
@@ -40,7 +42,7 @@ from dipaco.paths import Paths
 from dipaco.routing import RouterKind
 from dipaco.schedule import PathRounds
 from dipaco.workload import RoutedLM
-from experiments.benchmarks import common
+from experiments.benchmarks import common, kinds
 from experiments.benchmarks.lab import Lab, Method, Order, conclude, opened, options, table
 
 PREFIX_TOKENS = 128
@@ -79,7 +81,7 @@ class Sharding:
             inner=self._inner(last=phase == PHASES - 1),
             workload=self._workload(row, phase, before),
             layout=Paths(levels=[self.paths], private=["."]) if self.flat else Paths(levels=[isqrt(self.paths)] * 2),
-            schedule=PathRounds(replicas=1),
+            schedule=PathRounds(replicas=1, rescale=False),  # as in `dipaco_table`: with few rounds it costs
             merge=Mean(by=MeanBy.examples),
         )
 
@@ -125,22 +127,24 @@ def second_half(sharding: Sharding, seeds: Sequence[int], *, quick: bool) -> dic
 
 
 def data(given: Namespace) -> Data:
-    """Where the documents come from."""
-    return Data(
-        corpus=given.corpus,
-        files=[pattern for pattern in given.files.split(",") if pattern],
-        domain_field=given.domain_field,
-    )
+    """Where the documents come from: by default as many kinds of text as there are paths, or all of them."""
+    if given.corpus:
+        return Data(corpus=given.corpus)
+    if given.files:
+        return Data(files=[pattern for pattern in given.files.split(",") if pattern], domain_field=given.domain_field)
+    texts = kinds.files(given.to.absolute() / "kinds", min(given.paths, len(kinds.KINDS)))
+    return Data(files=[str(path) for path in texts], domain_field="domain")
 
 
 def more_options(parser: ArgumentParser) -> None:
     """What is exchanged to see where routing matters."""
     parser.add_argument("--paths", type=common.positive, default=4, help="a square number of them (4)")
-    parser.add_argument("--corpus", choices=sorted(CORPORA), default="python_docs", help="default python_docs")
+    parser.add_argument("--corpus", choices=sorted(CORPORA), help="instead of the kinds of text of dipaco_table")
     parser.add_argument("--files", default="", help="instead: paths or globs with commas between; a file is a domain")
     parser.add_argument("--domain-field", default="", help="of rows of .jsonl or .parquet files, instead of the file")
     parser.add_argument("--router-fraction", type=float, default=0.1, help="of the documents, held out to score (.1)")
     parser.add_argument("--flat", action="store_true", help="paths share nothing, as in the paper's alternations")
+    parser.add_argument("--phase-steps", type=common.positive, default=400, help="of a path in each phase (400)")
     parser.add_argument("--inner-steps", type=common.positive, default=10, help="H (10)")
 
 
@@ -151,8 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.paths == 1 or isqrt(given.paths) ** 2 != given.paths:
         parser.error(f"--paths {given.paths}: product k-means and two equal levels need a square, such as 4, 9 or 16")
+    if given.phase_steps % given.inner_steps:
+        parser.error(f"--phase-steps {given.phase_steps} is no whole number of rounds of {given.inner_steps} steps")
     lab, seeds = opened(given, data(given))
-    steps = max(lab.scale.steps // PHASES // given.inner_steps, 1) * given.inner_steps
+    steps = lab.scale.steps if given.quick else given.phase_steps
     lab.scale = replace(lab.scale, steps=steps, sequence_length=128)  # also of what is scored: short pieces take long
     method = Method(islands=given.paths, inner_steps=given.inner_steps, outer_lr=0.7, momentum=0.8)
     sharding = Sharding(
@@ -161,8 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     losses, purity = first_half(sharding, seeds)
     losses |= second_half(sharding, seeds, quick=given.quick)
     text = table(losses, against=KMEANS)
-    settings = {key: vars(given)[key] for key in ("paths", "router_fraction", "flat")}
-    more = {"purity": purity, "corpus": given.files or given.corpus, **settings}
+    settings = {key: vars(given)[key] for key in ("paths", "router_fraction", "flat", "phase_steps")}
+    more = {"purity": purity, "corpus": given.corpus or given.files or "kinds", **settings}
     conclude(lab, benchmark="dipaco_routing", seeds=seeds, losses=losses, text=text, orders=ORDERS, more=more)
     return 0
 

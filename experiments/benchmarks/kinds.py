@@ -20,8 +20,8 @@ LEAST_CHARACTERS = 400  # of a docstring: shorter ones say little
 SKIPPED = frozenset(("test", "tests", "testing", "idle_test", "site-packages", "pydoc_data", "encodings"))
 
 
-def files(folder: Path, count: int) -> list[Path]:
-    """JSON lines with `text` and `domain` for the first `count` kinds, made unless they are there.
+def files(folder: Path, count: int, *, most_bytes: int = BYTES) -> list[Path]:
+    """JSON lines with `text` and `domain` for the first `count` kinds, made in `folder` unless they are there.
 
     Raises ValueError where there are not so many.
     """
@@ -33,13 +33,13 @@ def files(folder: Path, count: int) -> list[Path]:
         path = folder / f"{name}.jsonl"
         if not path.is_file():
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(_lines(name)), encoding="utf-8")
+            temporary.write_text("".join(_lines(name, most_bytes)), encoding="utf-8")
             temporary.rename(path)
         made.append(path)
     return made
 
 
-def _lines(name: str) -> Iterator[str]:
+def _lines(name: str, most_bytes: int) -> Iterator[str]:
     """Distinct passages in random order, so that what is left out is left out everywhere."""
     read = (passage for text in KINDS[name]() for passage in passages(text.splitlines(), "\n"))
     distinct = list(dict.fromkeys(passage for passage in read if passage.strip()))
@@ -47,7 +47,7 @@ def _lines(name: str) -> Iterator[str]:
     size = 0
     for passage in distinct:
         size += len(passage.encode())
-        if size > BYTES:
+        if size > most_bytes:
             return
         yield json.dumps({"text": passage, "domain": name}) + "\n"
 

@@ -29,7 +29,7 @@ from tests.toy import launch
 
 TEXT = "owl heron jay the crow and finch of wren robin for iron copper zinc on nickel tin is lead"
 PREFIX = 24
-FEW = ["--steps", "5", "--look-ahead", "16"]
+FEW = ["--steps", "5", "--look-ahead", "16", "--documents", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_another_is_fitted_for_other_settings_or_weights(
 ) -> None:
     fits = counted_fits(monkeypatch)
     copied = shutil.copytree(run.directory, tmp_path / "run")
-    token_router(Finished(copied), steps=5, look_ahead=16)
+    token_router(Finished(copied), steps=5, look_ahead=16, documents=0)
     assert not fits
     token_router(Finished(copied), documents=3, steps=2)
     token_router(Finished(copied), documents=3)
@@ -193,8 +193,8 @@ def test_mistakes(run: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "has no token router to choose paths within a text: diloco route RUN fits one" in refused(*sample, "5")
     assert "every=0: a path is chosen" in refused(*sample, "0")
     (tmp_path / "file").touch()
-    token_router(Finished(copied), steps=1)
-    assert "cannot be written to" in refused("route", str(copied), "--to", str(tmp_path / "file"))
+    token_router(Finished(copied), documents=2, steps=1)
+    assert "cannot be written to" in refused("route", str(copied), "--to", str(tmp_path / "file"), "--every", "99")
     (copied / "export" / "paths.json").unlink()
     assert "has one path, and there is nothing to route" in refused("route", str(copied))
     assert "has no export of several paths: leave out --reroute-every" in refused(*sample, "5")
@@ -208,6 +208,6 @@ def test_runs_without_documents_for_the_router(run: Result, tmp_path: Path, caps
         workload=RoutedLM(model="micro", prefix_tokens=PREFIX, router_fraction=0), layout=Paths(levels=[4]),
         schedule=PathRounds(),
     )  # fmt: skip
-    assert main(["route", str(result.directory)]) == 2
+    assert main(["route", str(result.directory), "--documents", "0"]) == 2
     assert "held no documents out for a router: give --documents N" in capsys.readouterr().err
     assert main(["route", str(result.directory), "--documents", "2", "--steps", "1", "--every", "9"]) == 0

@@ -15,6 +15,9 @@ from diloco.config import register
 from diloco.inner import Sgd
 from diloco.outer import Sgd as OuterSgd
 from diloco.progress import BestRound
+from diloco.report import write_report
+from diloco.report.paths import paths_of
+from diloco.report.runs import read_runs
 from dipaco.paths import Paths
 from dipaco.schedule import PathRounds
 from tests.dipaco.test_path_rounds import Pull
@@ -149,3 +152,14 @@ def test_the_slice_is_of_each_paths_own_documents_and_nobody_trains_on_it(folder
 def test_slices_that_cannot_be(folder: Path, settings: dict[str, float], message: str) -> None:  # noqa: F811
     with pytest.raises(ValueError, match=message):
         corpus_of(folder, lm(**settings))
+
+
+def test_what_a_run_says_of_paths_that_stopped_early(tmp_path: Path) -> None:
+    run = launch(tmp_path / "run", **SETTINGS)
+    early = ", ".join(f"path {path} after round {best}" for path, best in enumerate(BEST) if best != 5)
+    lines = (run.directory / "log.txt").read_text().splitlines()
+    assert [line.partition("  ")[2].strip() for line in lines if line.startswith("stopped early")] == [early]
+    assert "best round" in write_report([run.directory], tmp_path / "report").read_text(encoding="utf-8")
+    (read,) = read_runs([run.directory])
+    told = paths_of(read)
+    assert told is not None and [path.best_round for path in told.paths] == list(BEST)

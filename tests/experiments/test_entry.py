@@ -92,6 +92,7 @@ MISTAKES = {
     "islands=2,4": ["islands=2,4", "-m"],
     "islands=range(1,3)": ["-m"],
     "islands": ["'islands' is not key=value"],
+    "metrics.beside=x": ["metrics.beside must be a list: write 'metrics.beside=[x]'"],
     "=2": ["no key"],
     "data.files=a=b": ["quote"],
     "name=${nothing}": ["name", "nothing"],

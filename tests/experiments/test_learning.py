@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from experiments.benchmarks import (
     async_table,
     async_time,
     compression,
+    dipaco_overfit,
     dipaco_routing,
     dipaco_table,
     kinds,
@@ -22,6 +24,7 @@ from experiments.benchmarks import (
     learning,
 )
 from experiments.benchmarks.lab import Order
+from tests.dipaco import planted
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
@@ -163,10 +166,32 @@ def test_dipacos_table_has_its_keys(
     ]
 
 
-@pytest.mark.timeout(300)  # twenty seconds of a free machine
-def test_routings_share_the_phases_in_which_they_are_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = ["--router-fraction", "0.04"]
-    assert dipaco_routing.main(["--quick", "--to", str(tmp_path), *few]) == 0
+def test_little_text_is_overfitted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(kind: int) -> list[str]:
+        return [f"{kind} " + "abcdefgh"[kind] * (300 + i) for i in range(40)]
+
+    monkeypatch.setattr(kinds, "KINDS", {f"kind{i}": partial(made, i) for i in range(4)})
+    assert dipaco_overfit.main(["--quick", "--to", str(tmp_path), "--bytes-per-path", "5000"]) == 0
+    result: dict[str, Any] = last_line(capsys)
+    assert set(result["losses"]) == set(result["rise"]) == set(dipaco_overfit.ROWS)
+    assert all(rise[0] >= 0 for rise in result["rise"].values())
+    assert set(result["best_rounds"]) == {dipaco_overfit.FLAT_STOPS, dipaco_overfit.DIPACO_STOPS}
+    assert all(set(found[0]) == {"0", "1", "2", "3"} for found in result["best_rounds"].values())
+    assert 4000 < result["tokens_a_path"] < 5500  # as many again are for validation
+    with pytest.raises(SystemExit, match="2"):
+        dipaco_overfit.main(["--paths", "16"])
+
+
+def test_routings_share_the_phases_in_which_they_are_equal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(domain: str) -> list[str]:
+        return [planted.text(domain, random.Random(i), 80) for i in range(40)]
+
+    monkeypatch.setattr(kinds, "KINDS", {domain: partial(made, domain) for domain in planted.WORDS})
+    assert dipaco_routing.main(["--quick", "--to", str(tmp_path), "--router-fraction", "0.2"]) == 0
     result = last_line(capsys)
     rows = {dipaco_routing.KMEANS, dipaco_routing.PRODUCT, dipaco_routing.ONCE, dipaco_routing.TWICE}
     assert set(result["purity"]) == rows  # type: ignore[call-overload]
@@ -179,6 +204,8 @@ def test_routings_share_the_phases_in_which_they_are_equal(tmp_path: Path, capsy
     assert len(steps) == 1
     with pytest.raises(SystemExit):
         dipaco_routing.main(["--paths", "6"])
+    with pytest.raises(SystemExit):
+        dipaco_routing.main(["--phase-steps", "45"])
 
 
 def test_what_is_built_on_is_trained_again_where_it_was_not_kept(tmp_path: Path) -> None:

@@ -212,7 +212,8 @@ def test_an_island_killed_by_pid_is_started_again_and_takes_part(start: Start, r
     contributors = [record["outer/contributors"] for record in records(result.directory, "commit")]
     assert contributors == [[0, 1], [0], [0], [0], [0, 1], [0, 1]]
     steps = [record["step"] for record in records(result.directory, "segment") if record["island"] == 1]
-    assert steps == [2, 4, 6, 8, 8, 10, 12, 14, 16, 18]  # up to step 6, then from there once more
+    again = [8, 10, 12, 14, 16, 18]  # from step 6, after which it died; what it told of step 8 may have died with it
+    assert steps in ([2, 4, 6, *again], [2, 4, 6, 8, *again])
     assert result.summary["tokens"] == 9 * 6 * 8
     # It may have died while it wrote that of round 1; later ones do without what it had.
     failed = [message for message in warned(result.directory) if "could not be written" in message]
