@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diloco.messages import Commit, ModuleKey, SlotName, SourceId, Task, Turn
+from diloco.messages import Commit, ModuleKey, ShardId, SlotName, SourceId, Task, Turn
 from diloco.progress import Arrivals, IslandView, ModuleView, SourceView
 from diloco.views import RunView
 
@@ -260,3 +260,34 @@ class Barrier(Schedule):
         if not self.drop_probability:
             return False
         return random.Random(f"drop/{run.seed}/{round_}/{source.source}").random() < self.drop_probability
+
+
+def free_segment(island: IslandView, run: RunView, *, shard: ShardId, first_step: int, round_steps: int) -> Task:
+    """The next segment of a round of `round_steps` of a source that runs free, from step `first_step` of a shard.
+
+    The round's first segment takes the newest weights of all modules, and its last one sends them all.
+    """
+    source = run.sources[island.source]
+    path = run.path_of(source)
+    first, left = source.segment == 0, round_steps - source.done
+    steps = min(run.segment_steps or left, left)
+    last = steps == left
+    return Task(
+        source=source.source,
+        island=island.island,
+        round=source.round,
+        segment=source.segment,
+        modules=path,
+        install={slot: run.modules[key].version for slot, key in path.items()} if first else {},
+        keep=0.0,
+        shard=shard,
+        first_step=first_step,
+        steps=steps,
+        send=tuple(path) if last else (),
+        last=last,
+        round_steps=round_steps,
+        ends=last,
+        fresh=first and source.broken,
+        attempt=source.attempt,
+        settled=tuple(source.settled),
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from diloco.folding import planned_weights
 from diloco.messages import Commit, ModuleKey, SourceId, Task, Turn
 from diloco.progress import IslandView, SourceView
-from diloco.schedule import Barrier, NoMore, Schedule, Wait
+from diloco.schedule import Barrier, NoMore, Schedule, Wait, free_segment
 from diloco.views import RunView
 
 
@@ -119,35 +119,12 @@ class PathFirstCome(Schedule):
     def next_task(self, island: IslandView, run: RunView, now_s: float) -> Task | Wait | NoMore:
         """The next segment of the source's round; the first one takes the newest weights."""
         source = run.sources[island.source]
-        path = run.path_of(source)
         if source.round >= run.rounds:
             return NoMore()
-        first = source.segment == 0
-        if first and not source.idle:
-            return Wait(keys=frozenset(path.values()))  # what it handed over is not judged yet
-        left = run.inner_steps - source.done
-        steps = min(run.segment_steps or left, left)
-        last = steps == left
-        return Task(
-            source=source.source,
-            island=island.island,
-            round=source.round,
-            segment=source.segment,
-            modules=path,
-            install={slot: run.modules[key].version for slot, key in path.items()} if first else {},
-            keep=0.0,
-            shard=source.shard,
-            first_step=source.position,
-            steps=steps,
-            send=tuple(path) if last else (),
-            last=last,
-            round_steps=run.inner_steps,
-            ends=last,
-            fresh=first and source.broken,
-            attempt=source.attempt,
-            save=last and len(run.sources) > len(run.islands),
-            settled=tuple(source.settled),
-        )
+        if source.segment == 0 and not source.idle:
+            return Wait(keys=frozenset(run.path_of(source).values()))  # what it handed over is not judged yet
+        task = free_segment(island, run, shard=source.shard, first_step=source.position, round_steps=run.inner_steps)
+        return replace(task, save=task.last and len(run.sources) > len(run.islands))
 
     def commits(self, run: RunView, touched: Sequence[ModuleKey], now_s: float) -> list[Commit]:
         """A step for each contribution. A module's round is that of the path through it which is furthest back."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from diloco.async_.speed import steps_by_speed
 from diloco.messages import Commit, IslandId, ModuleKey, Task, Turn
 from diloco.progress import IslandView
-from diloco.schedule import NoMore, Schedule, Wait
+from diloco.schedule import NoMore, Schedule, Wait, free_segment
 from diloco.views import RunView
 
 
@@ -69,10 +69,8 @@ class FirstCome(Schedule):
         """The next segment of the source's round; the first one takes the newest weights."""
         source, pool = run.sources[island.source], run.pool
         assert pool is not None
-        path = run.path_of(source)
-        first = source.segment == 0
         shard, position, round_steps = source.shard, source.position, source.round_steps
-        if first:
+        if source.segment == 0:
             if not source.idle:
                 return Wait()  # what it handed over is not judged yet
             if run.gathered.get(island.island, now_s) > now_s:
@@ -82,27 +80,7 @@ class FirstCome(Schedule):
             if stretch is None:
                 return NoMore() if pool.exhausted else Wait()  # what others have may come back
             shard, position, round_steps = stretch.shard, stretch.first_step, stretch.steps
-        steps = min(run.segment_steps or round_steps, round_steps - source.done)
-        last = source.done + steps == round_steps
-        return Task(
-            source=source.source,
-            island=island.island,
-            round=source.round,
-            segment=source.segment,
-            modules=path,
-            install={slot: run.modules[key].version for slot, key in path.items()} if first else {},
-            keep=0.0,
-            shard=shard,
-            first_step=position,
-            steps=steps,
-            send=tuple(path) if last else (),
-            last=last,
-            round_steps=round_steps,
-            ends=last,
-            fresh=first and source.broken,
-            attempt=source.attempt,
-            settled=tuple(source.settled),
-        )
+        return free_segment(island, run, shard=shard, first_step=position, round_steps=round_steps)
 
     def steps(self, island: IslandView, run: RunView, now_s: float) -> int:
         """Of an island's next round; where there is a grace, fewer if it is then through when the others are.
