@@ -16,7 +16,8 @@ from diloco.inner import AdamW
 from diloco.runtime.ray_cluster import RayCluster
 from tests.toy import Line, launch
 
-torch.set_num_threads(1)  # models here are tiny: several threads on busy cores are many times slower
+# As in every worker: fused kernels round differently on two threads, which also wait for each other on busy cores.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 # In a worker nothing of the tests is imported but what `imports` names; it travels by Ray's py_modules.

@@ -26,11 +26,6 @@ FITTING = Fitting(look_ahead=8, steps=60, lr=3e-3)
 OWN, OTHER = np.log(0.9 / TOPIC), np.log(0.1 / TOPIC)  # what a path gives to the tokens of either topic
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 class Unigram(nn.Module):
     """A path that expects its own topic, whatever came before."""
 
