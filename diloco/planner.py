@@ -115,7 +115,10 @@ def mends(plan: Plan) -> list[str]:
     if not plan.follows:
         return [*found, "schedule=quorum layout=fragments, where nobody waits for what is under way"]
     if not plan.lag:
-        found.append("layout=fragments schedule.lag=5, which hides 5 steps of each fragment's exchange")
+        found.append(
+            "layout=fragments schedule.lag=5, which hides 5 steps of each fragment's exchange (with layout=paths: "
+            "layout.fragments=2)"
+        )
     return found
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from diloco.messages import KeepBest, Report
@@ -50,10 +49,11 @@ def write(folder: Path, export: Callable[[Path], None]) -> None:
     temporary.rename(folder)
 
 
-def prune(root: Path, best: Mapping[int, BestRound], oldest: int | None) -> None:
+def prune(root: Path, best: Mapping[int, BestRound], saved: Sequence[int]) -> None:
     """Remove the models that neither the run nor one of its checkpoints can still need.
 
-    `oldest`: the round of the oldest checkpoint; None where there is none.
+    A path needs its best, newer ones, which may be about to become that, and of each checkpoint the newest that is not
+    after it. `saved`: the rounds of the checkpoints.
     """
     rounds: dict[int, list[int]] = {}
     for folder in root.glob("path*-round*"):
@@ -61,7 +61,9 @@ def prune(root: Path, best: Mapping[int, BestRound], oldest: int | None) -> None
             number, _, after = folder.name.removeprefix("path").partition("-round")
             rounds.setdefault(int(number), []).append(int(after))
     for path, found in rounds.items():
-        for round_, better in pairwise(sorted(found)):
-            needed = path in best and best[path].round == round_
-            if not needed and (oldest is None or better <= oldest):
+        own = best[path].round if path in best else -1
+        upto = [[round_ for round_ in found if round_ <= checkpoint] for checkpoint in saved]
+        needed = {max(rounds) for rounds in upto if rounds}
+        for round_ in found:
+            if round_ < own and round_ not in needed:
                 shutil.rmtree(folder_of(root, path, round_))

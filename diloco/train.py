@@ -242,9 +242,8 @@ class _Session:
         }
         self._backend.save(self._root, command.name, manifest, self._config.checkpoint.keep)
         if self._view.best_folder:
-            saved = ckpt.CheckpointFolder(self._root).names()
-            oldest = int(saved[0].split("-")[1]) if saved else None
-            stopping.prune(Path(self._view.best_folder), self._view.best, oldest)
+            saved = [int(name.split("-")[1]) for name in ckpt.CheckpointFolder(self._root).names()]
+            stopping.prune(Path(self._view.best_folder), self._view.best, saved)
 
     def _conclude(self, stop: Stop, final: Final | None, wall_s: float) -> Result:
         config, view = self._config, self._view

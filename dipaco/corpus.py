@@ -113,7 +113,7 @@ class RoutedCorpus:
             if len(pieces) == 0:
                 raise ValueError(
                     f"workload.stop_fraction={self.settings.stop_fraction}, {int(self.table.for_stop.sum())} documents,"
-                    f" leaves path {path} no document to stop early by: use more, smaller documents or more data"
+                    f" leaves path {path} no document to stop early by: raise it, or give more data"
                 )
             pieces.thin(self.tokens.data.eval_sequences)
             found.append(pieces)

@@ -135,8 +135,16 @@ class Likelihoods:
         return (self.position - prefix) // every
 
 
-def score(pieces: Pieces, paths: int, load: Callable[[int], nn.Module]) -> Likelihoods:
-    """The table for `pieces`. One path's model at a time, as `load` gives it."""
-    values = np.stack([pieces.token_log_likelihoods(load(path)) for path in range(paths)])
+def score(
+    pieces: Pieces, paths: int, load: Callable[[int], nn.Module], *, say: Callable[[str], None] | None = None
+) -> Likelihoods:
+    """The table for `pieces`. One path's model at a time, as `load` gives it; `say` is told of each."""
+    rows = []
+    for path in range(paths):
+        if say:
+            documents = len(np.unique(pieces.documents))
+            say(f"path {path} of {paths} reads {documents:,} documents, {int(pieces.tokens.sum()):,} tokens")
+        rows.append(pieces.token_log_likelihoods(load(path)))
+    values = np.stack(rows)
     document, position = pieces.places()
     return Likelihoods(values=values, document=document, position=position)

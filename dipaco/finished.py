@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
@@ -27,9 +28,12 @@ FITTED = "fitted.json"  # in that folder: what it was fitted on
 class Finished:
     """What is left of a run to be evaluated."""
 
-    def __init__(self, run: str | Path) -> None:
-        """Open the run in this directory, and its corpus. ValueError where it has no several paths, or no export."""
-        self.directory = Path(run)
+    def __init__(self, run: str | Path, *, say: Callable[[str], None] | None = None) -> None:
+        """Open the run in this directory, and its corpus. ValueError where it has no several paths, or no export.
+
+        `say` is told of what takes long, before it begins.
+        """
+        self.directory, self.say = Path(run), say
         self.export = self.directory / "export"
         config = configuration.load(self.directory / "config.yaml")
         if not isinstance(config.workload, RoutedLM):
@@ -83,7 +87,7 @@ class Finished:
 
     def scored(self, documents: Integers) -> list[Scored]:
         """Documents with more than a prefix, and how every path does on the rest of them."""
-        table = score(self.corpus.pieces(documents), self.paths, self.model)
+        table = score(self.corpus.pieces(documents), self.paths, self.model, say=self.say)
         known, firsts = np.unique(table.document, return_index=True)
         parts = np.split(table.values, firsts[1:], axis=1)  # a document's tokens are together, in order
         folder, prefix = self.corpus.tokens.folder, self.corpus.settings.prefix_tokens
@@ -119,7 +123,10 @@ def token_router(
             return router
     fitting = replace(Fitting(), **asked)
     chosen = run.router_documents(fitting.documents)
-    router = TokenRouter.fit(run.base, run.scored(chosen), fitting)
+    scored = run.scored(chosen)
+    if run.say:
+        run.say(f"the token router learns from {len(scored):,} documents in {fitting.steps} steps")
+    router = TokenRouter.fit(run.base, scored, fitting)
     held_out = int(np.isin(chosen, run.corpus.router_documents).sum())
     fitted = {
         "weights_sha256": run.weights_sha256,

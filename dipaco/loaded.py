@@ -31,6 +31,8 @@ def load(run: str | Path) -> Loaded:
     """
     folder = Path(run)
     folder = folder / "export" if (folder / "export").is_dir() else folder
+    if not folder.is_dir():
+        raise ValueError(f"{run} is not the directory of a run: there is no such folder")
     if not (folder / "paths.json").is_file():
         raise ValueError(f"{run} has no export of several paths: give a finished run with layout=paths")
     if not (folder / "router").is_dir():
@@ -56,6 +58,9 @@ class Loaded:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder / "path0")
         self._models: dict[int, Any] = {}
         self._router: TokenRouter | None = None  # read when it is first needed
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self._folder)!r}, paths={self.paths})"
 
     def route(self, text: str) -> int:
         """The path that a text goes through, by its first tokens."""

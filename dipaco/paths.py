@@ -37,11 +37,13 @@ class Paths(Layout):
 
     def __post_init__(self) -> None:
         if not self.levels or any(count < 1 for count in self.levels):
-            raise ValueError(f"layout.levels={self.levels}: give each level at least 1 module, which all paths share")
+            raise ValueError(
+                f"layout.levels={self.levels}: name one or more levels, each with at least 1 module (1 = all share it)"
+            )
         if self.first_blocks and len(self.first_blocks) != len(self.levels) - 1:
             raise ValueError(
                 f"layout.first_blocks={self.first_blocks} must name the first block of each level after the first:"
-                f" {len(self.levels) - 1} numbers for layout.levels={self.levels}"
+                f" {len(self.levels) - 1} for layout.levels={self.levels} (the first level begins with block 0)"
             )
         if any(a >= b for a, b in itertools.pairwise([0, *self.first_blocks])):
             raise ValueError(f"layout.first_blocks={self.first_blocks} must rise from above 0: no level is empty")

@@ -44,7 +44,10 @@ class Fitting:
     def __post_init__(self) -> None:
         for name, least in (("look_ahead", 1), ("steps", 1), ("documents", 0)):
             if vars(self)[name] < least:
-                raise ValueError(f"{name}={vars(self)[name]} of the token router: it must be at least {least}")
+                option = name.replace("_", "-")
+                raise ValueError(
+                    f"{name}={vars(self)[name]} of the token router (--{option}): it must be at least {least}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -63,7 +63,7 @@ class RoutedLM(Workload):
         if (self.router is RouterKind.file) != bool(self.router_file):
             raise ValueError(
                 f"workload.router={self.router.value} with workload.router_file={self.router_file!r}: router=file "
-                "takes the folder of a saved router, and the others take none"
+                "takes the folder of a saved router, such as RUN/export/router, and the others take none"
             )
         if (self.router is RouterKind.discriminative) != bool(self.scorer):
             raise ValueError(
@@ -122,7 +122,10 @@ class RoutedLM(Workload):
     def for_paths(self, paths: int) -> RoutedLM:
         """Documents go to as many paths. Raises ValueError where other ones were asked for, and there are several."""
         if paths > 1 and self.paths not in (0, paths):
-            raise ValueError(f"workload.paths={self.paths}, but the layout has {paths} paths; leave workload.paths out")
+            raise ValueError(
+                f"workload.paths={self.paths}, but the layout has {paths} paths; leave workload.paths out, or, where a "
+                "run is resumed, its layout as it was"
+            )
         return replace(self, paths=self.paths or paths)
 
     def warnings(self, corpus: Corpus) -> list[str]:

@@ -92,7 +92,12 @@ def _carry_out(arguments: argparse.Namespace, program: str) -> int:
         if arguments.help:
             from experiments.usage import usage
 
-            print(usage(program, request))
+            try:
+                print(usage(program, request), flush=True)
+            except (
+                BrokenPipeError
+            ):  # whoever reads has seen enough, as `| head` does; at the end nothing is flushed again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FINISHED
         several = composition.sweep(request) if arguments.multirun else composition.named(request)
         members = several or [composition.single(request)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,7 @@ def route(arguments: argparse.Namespace) -> int:
     """
     check_every(arguments.every)
     run_config(arguments.run)  # which finds the user's own parts
-    run = Finished(arguments.run)
+    run = Finished(arguments.run, say=lambda text: print(text, file=sys.stderr, flush=True))
     router = token_router(
         run,
         look_ahead=arguments.look_ahead,

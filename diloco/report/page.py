@@ -122,6 +122,8 @@ def _subtitle(runs: Sequence[Run]) -> str:
     best = best_of(runs)
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
     lowest = f"; lowest validation loss {tables.loss_text(best.val_loss)}: {best.label}" if best else ""
+    if len({run.summary.get("data_sha256") for run in runs if run.val_loss is not None}) > 1:
+        lowest = "; they read different data, so that their losses say nothing of each other"
     return f'<p class="muted">{escape(told + lowest)}</p>'
 
 

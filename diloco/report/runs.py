@@ -61,8 +61,10 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def best_of(runs: Sequence[Run]) -> Run | None:
-    """The run with the lowest validation loss, where there are several to choose from."""
+    """The run with the lowest validation loss, where there are several to choose from that read the same data."""
     known = [run for run in runs if run.val_loss is not None]
+    if len({run.summary.get("data_sha256") for run in known}) > 1:
+        return None
     return min(known, key=lambda run: run.val_loss or 0.0) if len(runs) > 1 and known else None
 
 

@@ -263,9 +263,9 @@ def test_runs_that_cannot_be(tmp_path: Path, settings: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"levels": []}, r"levels=\[\]: give each level at least 1 module"),
-        ({"levels": [2, 0]}, r"levels=\[2, 0\]: give each level at least 1 module"),
-        ({"first_blocks": [1, 2]}, "must name the first block of each level after the first: 1 numbers"),
+        ({"levels": []}, r"levels=\[\]: name one or more levels"),
+        ({"levels": [2, 0]}, r"levels=\[2, 0\]: name one or more levels, each with at least 1 module"),
+        ({"first_blocks": [1, 2]}, "must name the first block of each level after the first: 1 for layout"),
         ({"first_blocks": [0]}, "must rise from above 0"),
         ({"fragments": 0}, "fragments=0 must be at least 1"),
         ({"private": ["("]}, "is no regular expression"),

@@ -180,8 +180,7 @@ def test_mistakes(run: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str
     def refused(*arguments: str) -> str:
         capsys.readouterr()
         assert main(list(arguments)) == 2
-        error = capsys.readouterr().err
-        assert len(error.splitlines()) == 1
+        *_, error = capsys.readouterr().err.splitlines()  # before it, what took long
         return error
 
     assert "every=0: a path is chosen for at least 1 token" in refused("route", str(copied), "--every", "16,0")

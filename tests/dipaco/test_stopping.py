@@ -98,17 +98,18 @@ def test_a_resumed_run_knows_the_best_rounds_before_it(tmp_path: Path, rounds: i
 
 
 def test_what_no_checkpoint_can_need_is_removed(tmp_path: Path) -> None:
-    """Of the rounds 1 and 3 of path 0, the best is 6; the checkpoints are of round 3 and later."""
-    for path, round_ in ((0, 1), (0, 3), (0, 6), (1, 2), (1, 5)):
+    """The best of path 0 is that of round 6, of path 1 of round 2; there are checkpoints of rounds 4 and 7."""
+    for path, round_ in ((0, 1), (0, 3), (0, 5), (0, 6), (0, 8), (1, 1), (1, 2), (1, 5)):
         stopping.folder_of(tmp_path, path, round_).mkdir()
     (tmp_path / "path0-round9.tmp").mkdir()
     best = {0: BestRound(round=6, stop_loss=1.0, loss=1.0), 1: BestRound(round=2, stop_loss=1.0, loss=1.0)}
-    stopping.prune(tmp_path, best, 3)
+    newer = {"path0-round8", "path1-round5", "path0-round9.tmp"}
+    stopping.prune(tmp_path, best, [4, 7])
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"path0-round3", "path0-round6", "path1-round2", "path1-round5", "path0-round9.tmp"}
-    stopping.prune(tmp_path, best, None)
+    assert left == {"path0-round3", "path0-round6", "path1-round2", *newer}
+    stopping.prune(tmp_path, best, [])
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"path0-round6", "path1-round2", "path1-round5", "path0-round9.tmp"}
+    assert left == {"path0-round6", "path1-round2", *newer}
 
 
 def test_a_model_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_the_slice_is_of_each_paths_own_documents_and_nobody_trains_on_it(folder
     [
         ({"stop_fraction": 1.0}, "workload.stop_fraction=1.0: it must be at least 0 and below 1"),
         ({"stop_fraction": 0.6, "router_fraction": 0.4}, "leave no documents to train on"),
-        ({"stop_fraction": 0.001}, "leaves path 0 no document to stop early by: use more"),
+        ({"stop_fraction": 0.001}, "leaves path 0 no document to stop early by: raise it"),
     ],
 )
 def test_slices_that_cannot_be(folder: Path, settings: dict[str, float], message: str) -> None:  # noqa: F811
