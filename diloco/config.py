@@ -267,7 +267,7 @@ def _register_own() -> None:
         "inner": {"adamw": inners.AdamW, "muon": inners.Muon, "sgd": inners.Sgd},
         "layout": {"whole": Whole, "fragments": Fragments},
         "schedule": {"barrier": schedules.Barrier},
-        "merge": {"mean": merges.Mean, "rda": merges.RDA},
+        "merge": {"mean": merges.Mean, "rda": merges.RDA, "slerp": merges.Slerp},
         "outer": {"sgd": outers.Sgd, "nesterov": outers.Nesterov},
         "codec": {
             "float32": codecs.Float32,
