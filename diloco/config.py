@@ -37,6 +37,7 @@ from diloco.runtime.spmd import Spmd
 from diloco.schedule import Schedule
 from diloco.workload import Workload
 from diloco.workloads.causal_lm import CausalLM
+from diloco.workloads.preference import Preference
 from diloco.workloads.sft import SFT
 
 
@@ -264,7 +265,7 @@ def from_mapping(saved: Mapping[str, Any]) -> RunConfig:
 
 def _register_own() -> None:
     own: dict[str, dict[str, type]] = {
-        "workload": {"causal_lm": CausalLM, "sft": SFT},
+        "workload": {"causal_lm": CausalLM, "sft": SFT, "preference": Preference},
         "inner": {"adamw": inners.AdamW, "muon": inners.Muon, "sgd": inners.Sgd},
         "layout": {"whole": Whole, "fragments": Fragments},
         "schedule": {"barrier": schedules.Barrier},

@@ -59,6 +59,7 @@ class ExampleCorpus:
             else:
                 self._units.append([[row] for row in rows.tolist()])
         self._epochs = Epochs(seed)
+        self.reference: Array | None = None  # float32[rows, texts]: what a workload measures likelihoods against
         available = np.flatnonzero(self.folder.held_out)
         count = min(data.eval_sequences, len(available))
         self.validation_rows: Array = available[np.arange(count) * len(available) // count]

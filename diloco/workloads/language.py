@@ -54,6 +54,14 @@ class LanguageModel:
         assert isinstance(model, nn.Module)
         return model.train()
 
+    def fingerprint(self, seed: int) -> list[object]:
+        """JSON values that change when the weights that `build(seed)` gives would."""
+        folder = Path(self.name)
+        if not folder.is_dir():
+            return [self.name, seed if self.name in PRESETS else None]
+        files = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+        return [self.name, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]]
+
     def num_parameters(self) -> int:
         """Of a preset, or of a folder by the size of its weights, as if they were saved in 16 bits."""
         if self.name in PRESETS:

@@ -43,7 +43,7 @@ class LoRA:
         try:
             from peft import LoraConfig, TaskType, get_peft_model
         except ImportError as error:
-            raise ValueError(f"workload.lora.rank={self.rank} needs peft: pip install peft") from error
+            raise ValueError(f"workload.lora.rank={self.rank} needs peft: pip install 'diloco[lora]'") from error
         names = [name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
         unknown = sorted(set(self.targets) - set(names))
         if unknown:
