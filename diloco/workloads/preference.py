@@ -42,7 +42,7 @@ class Preference(Workload):
     trust_remote_code: bool = False  # run Python code that comes with a pretrained model
     lora: LoRA = field(default_factory=LoRA)
     objective: str = "dpo"  # or ipo, simpo, orpo, ...
-    settings: dict[str, Any] = field(default_factory=dict)  # of the objective, such as {beta: 0.1}
+    settings: dict[str, Any] = field(default_factory=dict)  # of the objective: +workload.settings.beta=0.2
     reference: Reference = Reference.cached
     export_merged: bool = False  # with LoRA: also the whole model, in the folder `merged`
 
