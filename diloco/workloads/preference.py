@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diloco.data import Data
 from diloco.messages import ShardId
@@ -166,7 +167,7 @@ class Preference(Workload):
             return torch.zeros(batch["tokens"].shape[:2])
         off: AbstractContextManager[Any] = nullcontext()
         if self.reference is Reference.adapter_off:
-            adapted: Any = getattr(model, "module", model)  # within the wrapper of several workers
+            adapted: Any = model.module if isinstance(model, DistributedDataParallel) else model
             before, off = adapted, adapted.disable_adapter()
         else:
             before = self._kept(next(model.parameters()).device)
