@@ -37,6 +37,8 @@ from diloco.runtime.spmd import Spmd
 from diloco.schedule import Schedule
 from diloco.workload import Workload
 from diloco.workloads.causal_lm import CausalLM
+from diloco.workloads.preference import Preference
+from diloco.workloads.sft import SFT
 
 
 @dataclass(kw_only=True)
@@ -263,11 +265,11 @@ def from_mapping(saved: Mapping[str, Any]) -> RunConfig:
 
 def _register_own() -> None:
     own: dict[str, dict[str, type]] = {
-        "workload": {"causal_lm": CausalLM},
+        "workload": {"causal_lm": CausalLM, "sft": SFT, "preference": Preference},
         "inner": {"adamw": inners.AdamW, "muon": inners.Muon, "sgd": inners.Sgd},
         "layout": {"whole": Whole, "fragments": Fragments},
         "schedule": {"barrier": schedules.Barrier},
-        "merge": {"mean": merges.Mean, "rda": merges.RDA},
+        "merge": {"mean": merges.Mean, "rda": merges.RDA, "slerp": merges.Slerp},
         "outer": {"sgd": outers.Sgd, "nesterov": outers.Nesterov},
         "codec": {
             "float32": codecs.Float32,

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from diloco.dealing import Epochs, ShardSplit, deal
 from diloco.files import DocumentUnit, Files, Hub
 from diloco.sources import Botocore, PythonDocs, Source
 from diloco.tokens import Array, TokenFolder, Windows, prepare
@@ -24,13 +23,6 @@ from diloco.vocabulary import MIN_BPE_VOCABULARY, Recipe
 
 DEFAULT_VOCAB_SIZE = 4096  # of a trained tokenizer, where no workload derived another
 CORPORA: dict[str, Source] = {"python_docs": PythonDocs(), "botocore": Botocore()}
-
-
-class ShardSplit(Enum):
-    """How training documents are dealt to shards."""
-
-    iid = "iid"  # at random, balanced by tokens
-    domain = "domain"  # whole domains, the largest first, each to the smallest shard
 
 
 @dataclass(kw_only=True)
@@ -112,6 +104,16 @@ class Data:
             )
         return CORPORA[self.corpus]
 
+    def row_source(self) -> Files | Hub:
+        """Where rows of several columns come from. ValueError where neither `files` nor `hub` is given."""
+        source = self.source()
+        if not isinstance(source, Files | Hub):
+            raise ValueError(
+                f"data.corpus={self.corpus} has documents, and this workload needs rows of prompts: give data.files "
+                "(.jsonl, .json or .parquet) or data.hub"
+            )
+        return source
+
     def recipe(self, *, trust_remote_code: bool = False) -> Recipe:
         """How the documents become tokens."""
         tokenizer = self.tokenizer or "bpe"
@@ -187,10 +189,9 @@ class TokenCorpus:
             raise ValueError(f"{shards} shards: there must be at least 1")
         self.data = data
         self.folder = prepared(data, trust_remote_code=trust_remote_code)
-        self._seed = seed
-        self._orders: dict[int, tuple[int, Array]] = {}  # shard -> (epoch, order) of the last read
+        self._epochs = Epochs(seed)
         if assignment is None:
-            assignment = _deal(self.folder, data.split, seed=seed, shards=shards)
+            assignment = deal(self.folder, data.split, seed=seed, shards=shards)
         assert len(assignment) == shards
         self.assignment = assignment  # shard -> its documents
         self._shards = [Windows(self.folder, documents, data.sequence_length) for documents in self.assignment]
@@ -234,12 +235,7 @@ class TokenCorpus:
         Each epoch is a permutation of all the shard's sequences; a pure function of the arguments.
         """
         windows = self._shards[shard]
-        epochs, places = np.divmod(np.arange(first, first + count), windows.count)
-        indices = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            indices[here] = self._order(shard, int(epoch))[places[here]]
-        return windows.gather(indices)
+        return windows.gather(self._epochs.indices(shard, windows.count, first=first, count=count))
 
     def validation(self) -> Tensor:
         """int64[at most eval_sequences, sequence_length + 1], spread evenly over the validation documents."""
@@ -261,39 +257,3 @@ class TokenCorpus:
             "shard_documents": [len(documents) for documents in self.assignment],
             "shard_tokens": [windows.tokens for windows in self._shards],
         }
-
-    def _order(self, shard: int, epoch: int) -> Array:
-        known = self._orders.get(shard)
-        if known is not None and known[0] == epoch:
-            return known[1]
-        random = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(1, shard, epoch)))
-        order = random.permutation(self._shards[shard].count)
-        self._orders[shard] = (epoch, order)
-        return order
-
-
-def _deal(folder: TokenFolder, split: ShardSplit, *, seed: int, shards: int) -> list[Array]:
-    """The training documents of each shard: int64[documents]."""
-    documents = np.flatnonzero(~folder.held_out)
-    if split is ShardSplit.iid:
-        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
-        groups = list(random.permutation(documents)[:, None])
-        kind, remedy = "training documents", "cut text files with data.document=passage or line"
-    else:
-        domains = folder.domains[documents]
-        groups = [documents[domains == domain] for domain in np.unique(domains)]
-        kind, remedy = "domains in the training documents", "set data.domain_field, use data.split=iid"
-    if len(groups) < shards:
-        raise ValueError(
-            f"{len(groups)} {kind} cannot fill {shards} shards: use fewer islands, {remedy}, or give more data"
-        )
-    sizes = np.diff(folder.offsets)
-    totals = [int(sizes[group].sum()) for group in groups]
-    turns = range(len(groups))
-    smallest = [(0, shard) for shard in range(shards)]  # heap of (tokens, shard)
-    dealt: list[list[Array]] = [[] for _ in range(shards)]
-    for index in turns if split is ShardSplit.iid else sorted(turns, key=lambda index: -totals[index]):
-        tokens, shard = smallest[0]
-        dealt[shard].append(groups[index])
-        heapq.heapreplace(smallest, (tokens + totals[index], shard))
-    return [np.concatenate(parts) for parts in dealt]

@@ -16,6 +16,14 @@ from diloco.sources import Document, Source, passages
 TABULAR = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # suffix -> builder of `datasets`
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of a table, and where it is, for who has to mend it."""
+
+    place: str  # such as pairs.jsonl: row 17
+    values: Mapping[str, Any]
+
+
 class DocumentUnit(Enum):
     """How a plain text file is cut into documents. A row of .jsonl, .json or .parquet is one as it is."""
 
@@ -51,6 +59,13 @@ class Files(Source):
             if not found:
                 raise ValueError(f"data.files: {path} holds no text: take it out of the list")
 
+    def rows(self) -> Iterator[Row]:
+        """All rows, file by file. Raises ValueError for a file that has none."""
+        for path in self._paths():
+            if path.suffix not in TABULAR:
+                raise ValueError(f"data.files: {path} has no rows: give {', '.join(TABULAR)} files")
+            yield from _numbered(self._table(path), str(path))
+
     def _paths(self) -> list[Path]:
         paths: dict[Path, None] = {}
         for pattern in self.patterns:
@@ -70,11 +85,13 @@ class Files(Source):
         return list(paths)
 
     def _rows(self, path: Path) -> Iterator[Document]:
+        yield from _documents(self._table(path), str(path), self.text_field, self.domain_field)
+
+    def _table(self, path: Path) -> Iterator[Mapping[str, Any]]:
         def load() -> Iterable[Mapping[str, Any]]:
             return _load_dataset(TABULAR[path.suffix], None, split="train", data_files=glob.escape(str(path)))
 
-        rows = _guarded(load, f"data.files: {path} cannot be read as {path.suffix[1:]}")
-        yield from _documents(rows, str(path), self.text_field, self.domain_field)
+        return _guarded(load, f"data.files: {path} cannot be read as {path.suffix[1:]}")
 
     def _pieces(self, path: Path) -> Iterator[Document]:
         if self.domain_field:
@@ -112,15 +129,21 @@ class Hub(Source):
         }
 
     def documents(self) -> Iterator[Document]:
+        yield from _documents(self._table(), self.name, self.text_field, self.domain_field)
+
+    def rows(self) -> Iterator[Row]:
+        """All rows."""
+        yield from _numbered(self._table(), self.name)
+
+    def _table(self) -> Iterator[Mapping[str, Any]]:
         def load() -> Iterable[Mapping[str, Any]]:
             return _load_dataset(self.name, self.config or None, split=self.split, data_files=None)
 
-        rows = _guarded(
+        return _guarded(
             load,
             f"data.hub={self.name} ({self.config or 'default'}, {self.split}) cannot be read: check the "
             "three names and the network, or use data.files or data.corpus",
         )
-        yield from _documents(rows, self.name, self.text_field, self.domain_field)
 
 
 def _load_dataset(name: str, config: str | None, *, split: str, data_files: str | None) -> Iterable[Mapping[str, Any]]:
@@ -141,6 +164,10 @@ def _guarded(load: Callable[[], Iterable[Mapping[str, Any]]], problem: str) -> I
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise ValueError(f"{problem} ({reason})") from error
+
+
+def _numbered(rows: Iterable[Mapping[str, Any]], origin: str) -> Iterator[Row]:
+    return (Row(place=f"{origin}: row {number}", values=row) for number, row in enumerate(rows, start=1))
 
 
 def _documents(

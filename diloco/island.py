@@ -275,13 +275,13 @@ class Island:
         worker = f"/{self.world.rank}" if self.world.rank else ""
         torch.manual_seed(random.Random(f"step/{self._seed}/{task.source}/{step}{worker}").getrandbits(63))
         batch = self._workload.batch(self._corpus, task.shard, step)
-        tokens = self._workload.tokens(batch)
+        tokens, weight = self._workload.tokens(batch), self._workload.weight(batch)
         total = torch.zeros((), device=self._device)
         metrics: dict[str, float] = {}
         for index, part in enumerate(cut(batch, self._accumulation)):
             own = cut(part, self.world.size)[self.world.rank]
             part = {name: value.to(self._device, non_blocking=True) for name, value in own.items()}
-            share = self._workload.tokens(part) / tokens
+            share = self._workload.weight(part) / weight
             with self._replica.exchange(last=index + 1 == self._accumulation):
                 with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
                     loss, metrics = self._workload.loss(self._forward, part)

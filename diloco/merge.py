@@ -16,6 +16,7 @@ from diloco.messages import Tensors
 
 # Of a mean of unit vectors; below it, mostly what float32 and the codec have rounded. k orthogonal ones have 1/sqrt(k).
 LEAST_LENGTH = 1e-4
+GREATEST_COSINE = 1 - 1e-6  # nearer to 1 or -1, the sine of an angle is what float32 has rounded
 
 
 @dataclass(kw_only=True)
@@ -112,6 +113,67 @@ class RDA(Merge):
 
     def _takes_mean(self, name: str) -> bool:
         return bool(self.mean_for) and re.search(self.mean_for, name) is not None
+
+
+@dataclass(kw_only=True)
+class Slerp(Merge):
+    """Spherical interpolation of task vectors, group by group (WARP, arXiv:2406.16768, section 3.2 and appendix B).
+
+    slerp(d1, d2, t) = sin((1 - t) W) / sin W d1 + sin(t W) / sin W d2, with cos W = d1 d2 / (|d1| |d2|), and more than
+    two one after the other: slerp(slerp(d1 ... dm-1), dm, 1/m). Task vectors of one start are nearly orthogonal; their
+    mean is shorter than each of them, and this is not. Where the angle W leaves no direction between them (collinear,
+    opposite or zero ones), it is the mean.
+
+    `group`: a regular expression; parameters for which it finds the same text are one vector, and those for which it
+    finds none another. By default a layer of a transformer is one. The angle is that of what a module holds of them.
+    `by` is as in `Mean`.
+    """
+
+    group: str = r"^.*?\.\d+(?=\.)"  # up to the first number: a layer
+    by: MeanBy = MeanBy.uniform
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.group)
+        except re.error as error:
+            raise ValueError(f"merge.group={self.group!r} is no regular expression: {error}") from error
+
+    def combine(self, deltas: Iterable[Tensors], weights: Sequence[float]) -> Tensors:
+        """The merged delta; raises ValueError where deltas and weights differ in number or none is given."""
+        shares = [1.0] * len(weights) if self.by is MeanBy.uniform else list(weights)
+        _total(shares)
+        merged: Tensors = {}
+        groups: list[Tensors] = []
+        total = 0.0
+        for delta, share in zip(deltas, shares, strict=True):
+            total += share
+            if not merged:
+                merged = _added(merged, delta, dict.fromkeys(delta, 1.0))
+                groups = self._groups(merged)
+            else:
+                for group in groups:
+                    _turn(group, delta, share / total)
+        return merged
+
+    def _groups(self, merged: Tensors) -> list[Tensors]:
+        found: dict[str, Tensors] = {}
+        for name, value in merged.items():
+            match = re.search(self.group, name)
+            found.setdefault(match[0] if match else "", {})[name] = value
+        return list(found.values())
+
+
+def _turn(vector: Tensors, towards: Tensors, share: float) -> None:
+    """Turn `vector`, its tensors taken together, by `share` of the way. Writes it in place; `towards` may have more."""
+    sizes = [math.hypot(*(sums.norm(tensors[name]) for name in vector)) for tensors in (vector, towards)]
+    product = math.fsum(sums.dot(value, towards[name].to(torch.float32)) for name, value in vector.items())
+    cosine = product / math.prod(sizes) if math.prod(sizes) else 1.0
+    old, new = 1.0 - share, share
+    if abs(cosine) < GREATEST_COSINE:
+        angle = math.acos(cosine)
+        old, new = (math.sin(part * angle) / math.sin(angle) for part in (old, new))
+    for name, value in vector.items():
+        value.mul_(old).add_(towards[name], alpha=new)
 
 
 def _total(shares: Sequence[float]) -> float:

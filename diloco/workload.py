@@ -59,14 +59,18 @@ class Workload(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Scalar loss, the mean over `tokens(batch)` tokens, and further metrics.
+        """Scalar loss, the mean over `weight(batch)` tokens (or pairs), and further metrics.
 
         A part of a batch may have no tokens at all, where they are masked: the loss must then be 0, not 0/0.
         """
 
     @abstractmethod
     def tokens(self, batch: Batch) -> int:
-        """How many tokens the loss of `batch` is a mean over."""
+        """How many tokens the model learns from in `batch`."""
+
+    def weight(self, batch: Batch) -> int:
+        """How many things the loss of `batch` is a mean over, by which parts of a batch are joined: mostly tokens."""
+        return self.tokens(batch)
 
     @abstractmethod
     def evaluate(self, model: nn.Module, corpus: Corpus, split: str) -> dict[str, float]:

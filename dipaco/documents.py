@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diloco.tokens import TokenFolder
-from diloco.workloads.causal_lm import EVALUATION_BATCH, evaluating
+from diloco.workloads.language import EVALUATION_BATCH, evaluating
 from dipaco.saved import Doubles, Floats, Integers
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, final
 import numpy as np
 import torch
 
-from diloco.workloads.causal_lm import without_progress_bars
+from diloco.workloads.language import without_progress_bars
 from dipaco import saved
 from dipaco.saved import Floats
 

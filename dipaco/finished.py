@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from diloco import config as configuration
-from diloco.workloads.causal_lm import without_progress_bars
+from diloco.workloads.language import without_progress_bars
 from dipaco.corpus import RoutedCorpus
 from dipaco.documents import score
 from dipaco.saved import Integers

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diloco.workloads.causal_lm import without_progress_bars
+from diloco.workloads.language import without_progress_bars
 from diloco.workloads.sampling import continuation, seeded, text_after
 from dipaco.routing import Routing
 from dipaco.saved import Integers

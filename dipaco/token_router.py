@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diloco.workloads.causal_lm import evaluating, without_progress_bars
+from diloco.workloads.language import evaluating, without_progress_bars
 from diloco.workloads.sampling import limits, seeded
 from dipaco.features import Document
 from dipaco.saved import Floats, Integers

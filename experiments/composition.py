@@ -24,7 +24,7 @@ from yaml import YAMLError
 from diloco import config as configuration
 from diloco.config import RunConfig
 from experiments import references
-from experiments.mistakes import Mistake, explain, first_lines, group_without_choice
+from experiments.mistakes import Mistake, explain, first_lines, group_without_choice, open_keys
 from experiments.schema import RUN_KEYS, refuse_additions
 
 CONFIGS = "experiments.conf"
@@ -228,6 +228,9 @@ def _on_saved(run: str, parsed: list[Override]) -> DictConfig:
     given = {o.package or o.key_or_group for o in parsed if _is_choice(o)}
     base = [f"{_address(key)}={choice}" for key, choice in chosen.items() if key not in given]
     fresh = compose("config", overrides=[*base, *(str(override.input_line) for override in parsed)])
+    for key in open_keys():
+        if OmegaConf.is_dict(OmegaConf.select(fresh, key)):
+            OmegaConf.set_struct(OmegaConf.select(fresh, key), False)
     kept = {key: value for key, value in saved.items() if key not in given}
     try:
         values = OmegaConf.merge(fresh, kept)

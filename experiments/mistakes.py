@@ -54,6 +54,9 @@ def explain(error: Exception, overrides: Sequence[str], experiments: Sequence[st
 
 def unknown_key(key: str) -> str:
     """That no setting has this dotted key, and which come near it."""
+    parent, _, name = key.rpartition(".")
+    if parent in open_keys():
+        return f"{key} is not there yet: write +{parent}.{name}=... (what may stand there, the part chosen checks)"
     owners = _owners(key)
     if owners:
         return f"{key} is a setting of {' and '.join(owners)} only: choose that too, or leave {key} out"
@@ -167,6 +170,16 @@ def _known_keys() -> list[str]:
     for top, node in configuration.SINGLE.items():
         keys += [f"{top}.{name}" for name in _field_names(node)]
     return list(dict.fromkeys(keys))
+
+
+def open_keys() -> list[str]:
+    """Settings that are mappings of the user's own, such as `workload.settings`."""
+    parts = [
+        (top, configuration.part(group, choice))
+        for top, group in configuration.GROUPS.items()
+        for choice in configuration.choices(group)
+    ]
+    return [f"{top}.{field.name}" for top, part in parts for field in fields(part) if field.default_factory is dict]
 
 
 def _field_names(node: type) -> list[str]:

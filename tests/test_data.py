@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import diloco.data
-from diloco.data import Data, ShardSplit, TokenCorpus, prepared
+from diloco.data import Data, TokenCorpus, prepared
+from diloco.dealing import ShardSplit
 from diloco.files import DocumentUnit
 from diloco.sources import PythonDocs
 from diloco.vocabulary import EOS, byte_tokenizer, train_bpe

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from diloco.data import ShardSplit
+from diloco.dealing import ShardSplit
 from diloco.merge import MeanBy
 from experiments.benchmarks.lab import Method, Order, arguments, conclude, table
 

@@ -24,7 +24,8 @@ from diloco.async_.outer import DelayedNesterov
 from diloco.async_.schedule import FirstCome
 from diloco.checkpoint import Checkpoint
 from diloco.codec import Codec, Float32
-from diloco.data import Data, ShardSplit
+from diloco.data import Data
+from diloco.dealing import ShardSplit
 from diloco.inner import AdamW, RateSchedule
 from diloco.merge import Mean, MeanBy
 from diloco.metrics import Metrics

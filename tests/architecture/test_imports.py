@@ -17,7 +17,10 @@ PACKAGES = ("diloco", "dipaco", "experiments")
 TYPES = {  # records
     *("diloco.messages", "diloco.counters", "diloco.events", "diloco.pool", "diloco.progress", "diloco.views"),
 }
-DATA = {"diloco.data", "diloco.files", "diloco.sources", "diloco.tokens", "diloco.vocabulary"}
+DATA = {
+    *("diloco.data", "diloco.dealing", "diloco.examples", "diloco.files", "diloco.sources", "diloco.tokens"),
+    "diloco.vocabulary",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "diloco.messages": set(),
     "diloco.events": {"diloco.messages"},
@@ -151,10 +154,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.workloads": set(),
     "diloco.runtime": set(),
     "dipaco.saved": set(),
-    "dipaco.features": {"dipaco.saved", "diloco.workloads.causal_lm"},
+    "dipaco.features": {"dipaco.saved", "diloco.workloads.language"},
     "dipaco.router": {"dipaco.saved"},
     "dipaco.shards": {"dipaco.router", "dipaco.saved"},
-    "dipaco.documents": {"dipaco.saved", "diloco.tokens", "diloco.workloads.causal_lm"},
+    "dipaco.documents": {"dipaco.saved", "diloco.tokens", "diloco.workloads.language"},
     "dipaco.routing": {"dipaco.features", "dipaco.router", "dipaco.saved", *DATA},
     "dipaco.reshard": {
         "diloco.workloads.causal_lm",
@@ -187,17 +190,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dipaco.paths": {"diloco.layout", "diloco.messages", "diloco.placing"},
     "dipaco.schedule": {"diloco.folding", "diloco.messages", "diloco.progress", "diloco.schedule", "diloco.views"},
     "dipaco.token_router": {
-        *("diloco.workloads.causal_lm", "diloco.workloads.sampling", "dipaco.features", "dipaco.saved"),
+        *("diloco.workloads.language", "diloco.workloads.sampling", "dipaco.features", "dipaco.saved"),
     },
     "dipaco.finished": {
-        *("diloco.config", "diloco.workloads.causal_lm", "dipaco.corpus", "dipaco.documents", "dipaco.saved"),
+        *("diloco.config", "diloco.workloads.language", "dipaco.corpus", "dipaco.documents", "dipaco.saved"),
         *("dipaco.token_router", "dipaco.workload"),
     },
     "dipaco.evaluate": {
         *("dipaco.documents", "dipaco.finished", "dipaco.saved", "dipaco.shards", "dipaco.token_router"),
     },
     "dipaco.loaded": {
-        *("diloco.workloads.causal_lm", "diloco.workloads.sampling", "dipaco.routing", "dipaco.saved"),
+        *("diloco.workloads.language", "diloco.workloads.sampling", "dipaco.routing", "dipaco.saved"),
         "dipaco.token_router",
     },
     "dipaco": {"dipaco.config", "dipaco.loaded"},

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from diloco.merge import RDA, Mean, MeanBy, Merge
+from diloco.merge import RDA, Mean, MeanBy, Merge, Slerp
 from diloco.messages import Tensors
 
 Arrays = NDArray[np.float64]
@@ -37,11 +37,28 @@ def sizes_and_directions(values: Arrays, weights: Sequence[float]) -> Arrays:
     return result.reshape(values.shape[1:])
 
 
+def turned(values: Arrays, weights: Sequence[float]) -> Arrays:
+    """Each tensor on its own, one after the other; what has one element or none has no angle."""
+    found, total = values[0].copy(), weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total += weight
+        share = weight / total
+        size = np.linalg.norm(found) * np.linalg.norm(value)
+        angle = np.arccos((found * value).sum() / size) if found.size > 1 else 0.0
+        if np.sin(angle) < 1e-3:
+            found = (1 - share) * found + share * value
+        else:
+            found = (np.sin((1 - share) * angle) * found + np.sin(share * angle) * value) / np.sin(angle)
+    return found
+
+
 ROWS = {
     "mean_uniform": Row(Mean(by=MeanBy.uniform), lambda values, _: values.mean(axis=0)),
     "mean_examples": Row(Mean(by=MeanBy.examples), by_examples),
     "rda": Row(RDA(), sizes_and_directions),
     "rda_mean": Row(RDA(mean_for="matrix|scalar"), by_examples),
+    "slerp": Row(Slerp(group=".*"), lambda values, weights: turned(values, [1.0] * len(weights))),
+    "slerp_examples": Row(Slerp(group=".*", by=MeanBy.examples), turned),
 }
 WEIGHTS = [10.0, 20.0, 5.0, 65.0]
 

@@ -92,6 +92,7 @@ MISTAKES = {
     "islands=2,4": ["islands=2,4", "-m"],
     "islands=range(1,3)": ["-m"],
     "islands": ["'islands' is not key=value"],
+    "workload=preference workload.settings.beta=1": ["write +workload.settings.beta="],
     "metrics.beside=x": ["metrics.beside must be a list: write 'metrics.beside=[x]'"],
     "=2": ["no key"],
     "data.files=a=b": ["quote"],
@@ -207,6 +208,19 @@ def test_resume_alone_takes_the_saved_configuration_and_what_is_given(here: Path
     last = load(Path("runs/latest/config.yaml"))
     assert (last.rounds, last.checkpoint.keep, last.imports) == (4, 5, ["tests.toy"])
     assert (last.inner, last.outer, last.workload, last.seed) == (first.inner, first.outer, first.workload, 3)
+
+
+def test_a_resumed_run_has_the_settings_that_the_user_added(here: Path) -> None:
+    """Those of an objective, whose names the schema does not know."""
+    rows = [{"prompt": f"{i}", "chosen": "yes", "rejected": "no"} for i in range(8)]
+    (here / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = ["runtime=local", "islands=1", "inner_steps=1", "rounds=1", "metrics.live=false", "data.batch=2"]
+    settings += ["workload=preference", "workload.model=micro", "+workload.settings.beta=0.5"]
+    data = ["data.files=pairs.jsonl", "data.tokenizer=bytes", "data.sequence_length=8", "data.cache=cache"]
+    assert main([*settings, *data]) == 0
+    assert main(["resume=runs/latest", "rounds=2"]) == 0
+    assert vars(load(Path("runs/latest/config.yaml")).workload)["settings"] == {"beta": 0.5}
+    assert summary()["rounds"] == 2
 
 
 def test_resume_refuses_what_would_make_it_another_run(capsys: pytest.CaptureFixture[str]) -> None:
