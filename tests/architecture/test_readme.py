@@ -34,10 +34,10 @@ FRESH = [c for c in TRAINING if "resume=" not in c]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the README's own parts in it."""
+    """A working directory with the README's own parts and rows in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for title, text in SNIPPETS:
+    for _, title, text in BLOCKS:
         if title:
             (tmp_path / title).write_text(text)
     return tmp_path
