@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diloco.dealing import Epochs, ShardSplit, deal
+from diloco.dealing import Epochs, ShardSplit, deal, spread
 from diloco.files import DocumentUnit, Files, Hub
 from diloco.sources import Botocore, PythonDocs, Source
 from diloco.tokens import Array, TokenFolder, Windows, prepare
@@ -239,9 +239,7 @@ class TokenCorpus:
 
     def validation(self) -> Tensor:
         """int64[at most eval_sequences, sequence_length + 1], spread evenly over the validation documents."""
-        available = self._validation.count
-        count = min(self.data.eval_sequences, available)
-        return self._validation.gather(np.arange(count) * available // count)
+        return self._validation.gather(spread(self._validation.count, self.data.eval_sequences))
 
     def prompt(self) -> str:
         """How the first validation document begins: something to let the model go on with."""

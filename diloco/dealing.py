@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import heapq
 from enum import Enum
-from typing import Any, TypeAlias
 
 import numpy as np
 
-from diloco.tokens import TokenFolder
-
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+from diloco.tokens import Array, TokenFolder
 
 
 class ShardSplit(Enum):
@@ -18,6 +15,12 @@ class ShardSplit(Enum):
 
     iid = "iid"  # at random, balanced by tokens
     domain = "domain"  # whole domains, the largest first, each to the smallest shard
+
+
+def spread(available: int, most: int) -> Array:
+    """int64[at most `most`], below `available`: places at even distances."""
+    count = min(most, available)
+    return np.arange(count) * available // max(1, count)
 
 
 class Epochs:

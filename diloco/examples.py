@@ -13,13 +13,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from diloco.tokens import TokenFolder, held_out
+from diloco.tokens import Array, TokenFolder, held_out
 from diloco.vocabulary import Recipe, make_encoder, parallel_tokenizers
 
 ROWS_AT_ONCE = 1_000  # that are tokenised together
 FORMAT = 1  # of prepared folders
-
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 
 @dataclass(frozen=True)

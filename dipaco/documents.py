@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diloco.dealing import spread
 from diloco.tokens import TokenFolder
 from diloco.workloads.language import EVALUATION_BATCH, evaluating
 from dipaco.saved import Doubles, Floats, Integers
@@ -47,9 +48,7 @@ class Pieces:
 
     def thin(self, count: int) -> None:
         """Keep at most `count`, spread evenly over all."""
-        available = len(self)
-        kept = min(count, available)
-        self._keep(np.arange(kept) * available // max(1, kept))
+        self._keep(spread(len(self), count))
 
     def shorten(self, tokens: int) -> None:
         """Keep what begins within the first `tokens` tokens of a document."""
@@ -136,14 +135,13 @@ class Likelihoods:
 
 
 def score(
-    pieces: Pieces, paths: int, load: Callable[[int], nn.Module], *, say: Callable[[str], None] | None = None
+    pieces: Pieces, paths: int, load: Callable[[int], nn.Module], *, say: Callable[[str], None] = lambda text: None
 ) -> Likelihoods:
     """The table for `pieces`. One path's model at a time, as `load` gives it; `say` is told of each."""
     rows = []
+    documents = len(np.unique(pieces.documents))
     for path in range(paths):
-        if say:
-            documents = len(np.unique(pieces.documents))
-            say(f"path {path} of {paths} reads {documents:,} documents, {int(pieces.tokens.sum()):,} tokens")
+        say(f"path {path} of {paths} reads {documents:,} documents, {int(pieces.tokens.sum()):,} tokens")
         rows.append(pieces.token_log_likelihoods(load(path)))
     values = np.stack(rows)
     document, position = pieces.places()

@@ -72,8 +72,7 @@ def evaluate(run: Finished, every: Sequence[int], router: TokenRouter) -> dict[s
     documents = np.arange(len(corpus.tokens.folder.held_out))
     paths = corpus.paths_of(documents)
     table = score(pieces, run.paths, run.model, say=run.say)
-    if run.say:
-        run.say(f"the token router reads {len(np.unique(table.document)):,} validation documents")
+    run.say(f"the token router reads {len(np.unique(table.document)):,} validation documents")
     choices = {index: router.choices(corpus.tokens.folder.document(index)) for index in np.unique(table.document)}
     found = {ONCE: once(table, paths)}
     for length in every:

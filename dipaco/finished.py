@@ -28,7 +28,7 @@ FITTED = "fitted.json"  # in that folder: what it was fitted on
 class Finished:
     """What is left of a run to be evaluated."""
 
-    def __init__(self, run: str | Path, *, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, run: str | Path, *, say: Callable[[str], None] = lambda text: None) -> None:
         """Open the run in this directory, and its corpus. ValueError where it has no several paths, or no export.
 
         `say` is told of what takes long, before it begins.
@@ -124,8 +124,7 @@ def token_router(
     fitting = replace(Fitting(), **asked)
     chosen = run.router_documents(fitting.documents)
     scored = run.scored(chosen)
-    if run.say:
-        run.say(f"the token router learns from {len(scored):,} documents in {fitting.steps} steps")
+    run.say(f"the token router learns from {len(scored):,} documents in {fitting.steps} steps")
     router = TokenRouter.fit(run.base, scored, fitting)
     held_out = int(np.isin(chosen, run.corpus.router_documents).sum())
     fitted = {

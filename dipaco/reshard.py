@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 from diloco.tokens import TokenFolder
-from diloco.workloads.causal_lm import CausalLM
+from diloco.workloads.language import LanguageModel, one_thread
 from dipaco.documents import Pieces
 from dipaco.features import Features
 from dipaco.router import LinearRouter, balancing_bias
@@ -87,15 +86,12 @@ class Scorer:
         pieces = Pieces(folder, documents, length=length, prefix=workload["prefix_tokens"])
         if tokens:
             pieces.shorten(tokens)
-        columns, threads = [], torch.get_num_threads()
-        torch.set_num_threads(1)  # several on busy cores are far slower, and may give other bits
-        try:
+        columns = []
+        with one_thread():
             for path in range(workload["paths"]):
                 exported = str(self.run / "export" / f"path{path}")
-                model = CausalLM(model=exported, trust_remote_code=workload["trust_remote_code"]).build_model(0)
-                columns.append(pieces.document_scores(model))
-        finally:
-            torch.set_num_threads(threads)
+                language = LanguageModel.named(exported, trust_remote_code=workload["trust_remote_code"])
+                columns.append(pieces.document_scores(language.build(0)))
         return np.unique(pieces.documents), np.stack(columns, axis=1)
 
     def loads(self) -> Doubles:

@@ -15,7 +15,7 @@ from diloco.report.history import amount, number
 from diloco.report.html import escape, folded, legend, section, tiles
 from diloco.report.islands import timeline
 from diloco.report.paths import Paths, paths_of
-from diloco.report.runs import Run, best_of, is_sweep, read_runs
+from diloco.report.runs import Run, best_of, is_sweep, read_runs, same_data
 
 CSS = Path(__file__).with_name("page.css")
 MOST_TIMELINES = 8
@@ -122,7 +122,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
     best = best_of(runs)
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
     lowest = f"; lowest validation loss {tables.loss_text(best.val_loss)}: {best.label}" if best else ""
-    if len({run.summary.get("data_sha256") for run in runs if run.val_loss is not None}) > 1:
+    if not same_data(runs):
         lowest = "; they read different data, so that their losses say nothing of each other"
     return f'<p class="muted">{escape(told + lowest)}</p>'
 

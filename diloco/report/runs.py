@@ -63,9 +63,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def best_of(runs: Sequence[Run]) -> Run | None:
     """The run with the lowest validation loss, where there are several to choose from that read the same data."""
     known = [run for run in runs if run.val_loss is not None]
-    if len({run.summary.get("data_sha256") for run in known}) > 1:
+    if not same_data(known):
         return None
     return min(known, key=lambda run: run.val_loss or 0.0) if len(runs) > 1 and known else None
+
+
+def same_data(runs: Sequence[Run]) -> bool:
+    """Whether all that have a validation loss read the same, so that their losses can be compared."""
+    return len({run.summary.get("data_sha256") for run in runs if run.val_loss is not None}) < 2
 
 
 def default_folder(paths: Sequence[Path]) -> Path:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+from diloco.tokens import Array
+
 Marked: TypeAlias = "tuple[Array, Array]"  # integers[tokens], and bool[tokens] of those that the model is to write
 
 

@@ -11,14 +11,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from diloco.data import Data, make_once
-from diloco.dealing import Epochs, deal
+from diloco.dealing import Epochs, deal, spread
 from diloco.examples import FORMAT, Example, ExampleFolder, prepare_examples
 from diloco.files import Row
+from diloco.tokens import Array
 from diloco.workloads.completions import Marked, bins
 from diloco.workloads.conversations import Render
 from diloco.workloads.language import LanguageModel
 
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Reader: TypeAlias = Callable[
     ..., Iterator[Example]
 ]  # of conversations: rows, a template and a domain field -> examples
@@ -46,8 +46,8 @@ class ExampleCorpus:
         """
         self.data = data = language.fitted(data)
         self.examples = prepared_examples(data, reader, trust_remote_code=language.trust_remote_code)
-        language.check_vocabulary(data.tokenizer, int(self.examples.rows.meta["vocab_size"]))
         self.folder = self.examples.rows
+        language.check_vocabulary(data.tokenizer, self.vocab_size)
         self.assignment = deal(self.folder, data.split, seed=seed, shards=shards)
         sizes = np.diff(self.folder.offsets)
         room = data.sequence_length + 1
@@ -61,8 +61,7 @@ class ExampleCorpus:
         self._epochs = Epochs(seed)
         self.reference: Array | None = None  # float32[rows, texts]: what a workload measures likelihoods against
         available = np.flatnonzero(self.folder.held_out)
-        count = min(data.eval_sequences, len(available))
-        self.validation_rows: Array = available[np.arange(count) * len(available) // count]
+        self.validation_rows: Array = available[spread(len(available), data.eval_sequences)]
 
     @property
     def sha256(self) -> str:

@@ -178,6 +178,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread, then as before: several on busy cores are far slower, and may give other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing over a run's own display."""
     from transformers.utils import logging as untyped

@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from diloco.data import make_once
+from diloco.tokens import Array
 from diloco.workloads.completions import log_probabilities, padded
 from diloco.workloads.example_corpus import ExampleCorpus
-from diloco.workloads.language import EVALUATION_BATCH, LanguageModel, evaluating
+from diloco.workloads.language import EVALUATION_BATCH, LanguageModel, evaluating, one_thread
 
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 FORMAT = 1  # of cached log-probabilities
 
 
@@ -46,15 +44,10 @@ def cached(corpus: ExampleCorpus, language: LanguageModel, *, seed: int) -> Arra
         rows = len(corpus.folder.held_out)
         found = np.zeros((rows, corpus.examples.width), dtype=np.float32)
         model = language.build(seed)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # so that the same data give the same bits
-        try:
-            with evaluating(model):
-                for first in range(0, rows, EVALUATION_BATCH):
-                    batch = stacked(corpus, list(range(first, min(first + EVALUATION_BATCH, rows))))
-                    found[first : first + EVALUATION_BATCH] = completion_logps(model, **batch).numpy()
-        finally:
-            torch.set_num_threads(threads)
+        with one_thread(), evaluating(model):
+            for first in range(0, rows, EVALUATION_BATCH):
+                batch = stacked(corpus, list(range(first, min(first + EVALUATION_BATCH, rows))))
+                found[first : first + EVALUATION_BATCH] = completion_logps(model, **batch).numpy()
         np.save(folder / "logps.npy", found)
 
     make_once(final, make)

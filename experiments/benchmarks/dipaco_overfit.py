@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = given.to.absolute() / f"kinds_{given.bytes_per_path}"
     texts = kinds.files(folder, given.paths, most_bytes=2 * given.bytes_per_path)
     lab, seeds = opened(given, Data(files=[str(path) for path in texts], domain_field="domain"))
-    lab.validation_fraction = 0.5  # of so little text, or it would say little
+    lab.scale = replace(lab.scale, validation_fraction=0.5)  # of so little text, or it would say little
     losses: dict[str, list[float]] = {name: [] for name in ROWS}
     rise: dict[str, list[float]] = {name: [] for name in ROWS}
     best_rounds: dict[str, list[dict[str, int]]] = {name: [] for name, row in ROWS.items() if row.stops}

@@ -38,7 +38,6 @@ from experiments.benchmarks.common import environment
 
 PRETRAIN_SEED = 1000  # added to the seed: pre-training reads the data in another order than what follows it
 PRETRAIN_BATCHES = 4  # times the batch of one worker
-VALIDATION_FRACTION = 0.08  # of the documents
 DEFAULT_FOLDER = Path("runs/lab")  # shared by the benchmarks, which so have the runs that are common to them once
 
 
@@ -51,6 +50,7 @@ class Scale:
     warmup_steps: int = 20
     batch: int = 8  # sequences a step and worker
     sequence_length: int = 128  # bytes
+    validation_fraction: float = 0.08  # of the documents
     eval_sequences: int = 1024
     max_tokens: int = 0  # of the corpus; 0 = all of it
     shorter: int = 1  # rounds have 1/shorter of a method's H
@@ -90,7 +90,6 @@ class Lab:
     def __init__(self, folder: Path, scale: Scale, data: Data | None = None) -> None:
         """`data`: where the documents come from, if not from the Python installation; it is cut as `scale` says."""
         self.folder, self.scale, self._data = folder.absolute(), scale, data or Data()
-        self.validation_fraction = VALIDATION_FRACTION
         self.rows: list[dict[str, Any]] = []  # of metrics.csv: each run that was asked for
 
     def loss(self, label: str, method: Method, seed: int, chosen: RunConfig | None = None) -> float:
@@ -137,7 +136,7 @@ class Lab:
                 batch=scale.batch * method.times_batch,
                 sequence_length=scale.sequence_length,
                 max_tokens=scale.max_tokens,
-                validation_fraction=self.validation_fraction,
+                validation_fraction=scale.validation_fraction,
                 eval_sequences=scale.eval_sequences,
                 split=method.split,
             ),

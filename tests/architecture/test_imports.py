@@ -157,10 +157,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dipaco.features": {"dipaco.saved", "diloco.workloads.language"},
     "dipaco.router": {"dipaco.saved"},
     "dipaco.shards": {"dipaco.router", "dipaco.saved"},
-    "dipaco.documents": {"dipaco.saved", "diloco.tokens", "diloco.workloads.language"},
+    "dipaco.documents": {"dipaco.saved", "diloco.dealing", "diloco.tokens", "diloco.workloads.language"},
     "dipaco.routing": {"dipaco.features", "dipaco.router", "dipaco.saved", *DATA},
     "dipaco.reshard": {
-        "diloco.workloads.causal_lm",
+        "diloco.workloads.language",
         "dipaco.documents",
         "dipaco.features",
         "dipaco.router",

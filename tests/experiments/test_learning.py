@@ -140,13 +140,19 @@ def test_the_race_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert 1 < race["bound"] <= 3.25
 
 
-def test_dipacos_table_has_its_keys(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def plain_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four kinds of text of a letter each."""
+
     def made(kind: int) -> list[str]:
         return [f"{kind} " + "abcdefgh"[kind] * (300 + i) for i in range(40)]
 
     monkeypatch.setattr(kinds, "KINDS", {f"kind{i}": partial(made, i) for i in range(4)})
+
+
+def test_dipacos_table_has_its_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, plain_kinds: None
+) -> None:
     monkeypatch.setattr(dipaco_table, "QUICK_SCALE", lab.QUICK)
     assert dipaco_table.main(["--quick", "--to", str(tmp_path)]) == 0
     result = last_line(capsys)
@@ -166,13 +172,7 @@ def test_dipacos_table_has_its_keys(
     ]
 
 
-def test_little_text_is_overfitted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def made(kind: int) -> list[str]:
-        return [f"{kind} " + "abcdefgh"[kind] * (300 + i) for i in range(40)]
-
-    monkeypatch.setattr(kinds, "KINDS", {f"kind{i}": partial(made, i) for i in range(4)})
+def test_little_text_is_overfitted(tmp_path: Path, capsys: pytest.CaptureFixture[str], plain_kinds: None) -> None:
     assert dipaco_overfit.main(["--quick", "--to", str(tmp_path), "--bytes-per-path", "5000"]) == 0
     result: dict[str, Any] = last_line(capsys)
     assert set(result["losses"]) == set(result["rise"]) == set(dipaco_overfit.ROWS)
