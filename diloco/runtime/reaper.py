@@ -38,13 +38,18 @@ def release() -> None:
 
 
 def marked(mark: str, ray_folder: str) -> list[int]:
-    """Ray's processes with this mark: those of its own scripts and programs, and its workers."""
+    """Ray's processes with this mark, or that write into the session of its driver: its programs and its workers.
+
+    Ray's agents write their title over the start of their environment, where the mark may be.
+    """
     found = []
+    session = f"_{mark.partition('-')[0]}/logs/"  # Ray ends a session's name with the driver's process number
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it is gone, or somebody else's
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                command = (folder / "cmdline").read_bytes()
-                if command.startswith(b"ray::") or f"{ray_folder}/".encode() in command:
+            command = (folder / "cmdline").read_bytes()
+            if command.startswith(b"ray::") or f"{ray_folder}/".encode() in command:
+                environment = (folder / "environ").read_bytes().split(b"\0")
+                if f"{MARK}={mark}".encode() in environment or session in os.readlink(folder / "fd" / "1"):
                     found.append(int(folder.name))
     return found
 
