@@ -37,7 +37,9 @@ from diloco.runtime.spmd import Spmd
 from diloco.schedule import Schedule
 from diloco.workload import Workload
 from diloco.workloads.causal_lm import CausalLM
+from diloco.workloads.online import Online
 from diloco.workloads.preference import Preference
+from diloco.workloads.reward_model import RewardModel
 from diloco.workloads.sft import SFT
 
 
@@ -265,18 +267,18 @@ def from_mapping(saved: Mapping[str, Any]) -> RunConfig:
 
 def _register_own() -> None:
     own: dict[str, dict[str, type]] = {
-        "workload": {"causal_lm": CausalLM, "sft": SFT, "preference": Preference},
+        "workload": {
+            **{"causal_lm": CausalLM, "sft": SFT, "preference": Preference},
+            **{"reward_model": RewardModel, "online": Online},
+        },
         "inner": {"adamw": inners.AdamW, "muon": inners.Muon, "sgd": inners.Sgd},
         "layout": {"whole": Whole, "fragments": Fragments},
         "schedule": {"barrier": schedules.Barrier},
         "merge": {"mean": merges.Mean, "rda": merges.RDA, "slerp": merges.Slerp},
         "outer": {"sgd": outers.Sgd, "nesterov": outers.Nesterov},
         "codec": {
-            "float32": codecs.Float32,
-            "bfloat16": codecs.BFloat16,
-            "int8": codecs.Int8,
-            "int4": codecs.Int4,
-            "topk": codecs.TopK,
+            **{"float32": codecs.Float32, "bfloat16": codecs.BFloat16},
+            **{"int8": codecs.Int8, "int4": codecs.Int4, "topk": codecs.TopK},
         },
         "runtime": {"local": Local, "ray_cluster": RayCluster, "spmd": Spmd},
     }

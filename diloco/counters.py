@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from diloco.messages import Report
 
@@ -32,6 +33,8 @@ class Counters:
     val_loss: float | None = None
     best_val_loss: float | None = None
     evaluated_round: int = -1
+    initial_measures: dict[str, float] = field(default_factory=dict)  # what else the workload told of them
+    measures: dict[str, float] = field(default_factory=dict)
 
     def count(self, report: Report, *, lone: bool) -> None:
         """An island's finished task; `lone`: there is no other."""
@@ -48,9 +51,11 @@ class Counters:
         added = ("inner_steps", "inner_s", "waiting_s", "bytes_up", "bytes_down", "bytes_inside", "bytes_sent")
         return replace(self, **{name: vars(self)[name] - vars(ahead)[name] for name in added})
 
-    def count_evaluation(self, round_: int, loss: float) -> None:
-        """The global weights' validation loss after `round_` rounds."""
-        self.val_loss, self.evaluated_round = loss, round_
+    def count_evaluation(self, round_: int, metrics: Mapping[str, float]) -> None:
+        """What the evaluator found of the global weights after `round_` rounds: "eval/loss", and more."""
+        told = {name.removeprefix("eval/"): value for name, value in metrics.items()}
+        loss = told.pop("loss")
+        self.val_loss, self.measures, self.evaluated_round = loss, told, round_
         if round_ == 0:
-            self.initial_val_loss = loss
+            self.initial_val_loss, self.initial_measures = loss, told
         self.best_val_loss = loss if self.best_val_loss is None else min(loss, self.best_val_loss)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from diloco import prompts
 from diloco.dealing import Epochs, ShardSplit, deal, spread
-from diloco.files import DocumentUnit, Files, Hub
+from diloco.files import DocumentUnit, Files, Hub, Row
 from diloco.sources import Botocore, PythonDocs, Source
 from diloco.tokens import Array, TokenFolder, Windows, prepare
 from diloco.vocabulary import MIN_BPE_VOCABULARY, Recipe
@@ -37,6 +38,7 @@ class Data:
     text_field: str = "text"  # of .jsonl, .json, .parquet and hub rows
     domain_field: str = ""  # of the same; without it, each file is a domain
     document: DocumentUnit = DocumentUnit.passage  # how plain text files are cut
+    prompt_words: int = 0  # rows of prompts are made of documents: that many words of each paragraph; 0 = none are
     tokenizer: str = ""  # bpe, bytes, a folder or a hub id; "" = bpe for a new model, else the model's own
     vocab_size: int = 0  # of bpe; 0 = the model's
     batch: int = 8  # sequences a step, per island
@@ -68,6 +70,7 @@ class Data:
             ("sequence_length", 1),
             ("eval_sequences", 1),
             ("max_tokens", 0),
+            ("prompt_words", 0),
             ("vocab_size", 0),
         ):
             given = vars(self)[name]
@@ -104,15 +107,17 @@ class Data:
             )
         return CORPORA[self.corpus]
 
-    def row_source(self) -> Files | Hub:
-        """Where rows of several columns come from. ValueError where neither `files` nor `hub` is given."""
+    def rows(self) -> Iterator[Row]:
+        """Rows of several columns, or made of documents. ValueError where there are only documents to be had."""
         source = self.source()
+        if self.prompt_words:
+            return prompts.rows_of(source.documents(), self.prompt_words)
         if not isinstance(source, Files | Hub):
             raise ValueError(
                 f"data.corpus={self.corpus} has documents, and this workload needs rows of prompts: give data.files "
-                "(.jsonl, .json or .parquet) or data.hub"
+                "(.jsonl, .json or .parquet) or data.hub, or set data.prompt_words=8 to cut prompts from documents"
             )
-        return source
+        return source.rows()
 
     def recipe(self, *, trust_remote_code: bool = False) -> Recipe:
         """How the documents become tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,6 +91,20 @@ class Display:
             self._say(f"{name:{width}}  {text}", show=self._console is None)
         if self._console is not None:
             self._console.print(summary_table(summary))
+
+    def table(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Print texts side by side, or as plain lines one below the other; all rows have the same columns."""
+        for row in rows:
+            for name, text in row.items():
+                self._say(f"{name}: {text}", show=self._console is None)
+        if self._console is not None and rows:
+            from rich.table import Table
+            from rich.text import Text
+
+            table = Table(*rows[0], show_lines=True)
+            for row in rows:
+                table.add_row(*(Text(text) for text in row.values()))
+            self._console.print(table)
 
     def close(self) -> None:
         """End the drawing and close log.txt."""
@@ -228,7 +242,11 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
     before, after = number(summary, "initial_val_loss"), number(summary, "val_loss")
     if after is not None:
         rows.append(("validation loss", f"{format_loss(before)} before, {format_loss(after)} after"))
+    if after is not None and summary.get("perplexity", after) is not None:
         rows.append(("perplexity", f"{format_perplexity(before)} before, {format_perplexity(after)} after"))
+    if number(summary, "reward_after") is not None:
+        first, newest, moved = (format_loss(number(summary, key)) for key in ("reward_before", "reward_after", "kl"))
+        rows.append(("reward", f"{first} before, {newest} after; {moved} nats from the reference"))
     if number(summary, "paths"):
         routed, dense = (format_loss(number(summary, f"{kind}_val_loss")) for kind in ("routed", "dense"))
         rows.append((f"{summary['paths']} paths", f"{routed} routed" + (f", {dense} dense" if dense != "-" else "")))

@@ -38,7 +38,7 @@ class Evaluations:
             return []
         del self._heard[round_]
         whole = report if len(parts) == 1 and best is None else _joined(parts, run)
-        run.counters.count_evaluation(round_, whole.metrics["eval/loss"])
+        run.counters.count_evaluation(round_, whole.metrics)
         return [records.evaluated(whole)]
 
 

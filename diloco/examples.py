@@ -17,7 +17,7 @@ from diloco.tokens import Array, TokenFolder, held_out
 from diloco.vocabulary import Recipe, make_encoder, parallel_tokenizers
 
 ROWS_AT_ONCE = 1_000  # that are tokenised together
-FORMAT = 1  # of prepared folders
+FORMAT = 2  # of prepared folders
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Example:
     texts: Sequence[Text]
     domain: str = ""
     ends: bool = True  # whether end-of-text is added, which a chat template has done already
+    columns: str = ""  # of the row, as JSON, for who has to know more than its texts
 
     @property
     def prompt(self) -> str:
@@ -55,6 +56,7 @@ class ExampleFolder:
     targets: Array  # bool[tokens], memory-mapped: whether the model is to write this token
     offsets: Array  # int64[texts + 1]: text i is tokens[offsets[i]:offsets[i + 1]]
     width: int  # texts a row
+    columns: list[str]  # of each row, as JSON; empty where nobody asked for them
 
     @classmethod
     def open(cls, folder: Path) -> ExampleFolder:
@@ -71,7 +73,8 @@ class ExampleFolder:
             held_out=np.load(folder / "held_out.npy"),
             meta=meta,
         )
-        return cls(rows=rows, targets=np.asarray(targets), offsets=offsets, width=meta["width"])
+        columns = (folder / "columns.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        return cls(rows=rows, targets=np.asarray(targets), offsets=offsets, width=meta["width"], columns=columns)
 
     def text(self, row: int, index: int) -> tuple[Array, Array]:
         """Tokens and targets of a row's text: read-only."""
@@ -106,6 +109,7 @@ def prepare_examples(
     for name, values in arrays.items():
         table.digest.update(values.tobytes())
         np.save(folder / f"{name}.npy", values)
+    (folder / "columns.jsonl").write_text("".join(f"{line}\n" for line in table.columns), encoding="utf-8")
     sizes = np.diff(offsets[:: table.width])
     written = {
         "recipe": recipe.fingerprint(),
@@ -134,6 +138,7 @@ class _Table:
         self.names: dict[str, int] = {}
         self.prompts: list[bytes] = []  # sha256 of each row's prompt, or of all of it where it has none
         self.characters: list[int] = []
+        self.columns: list[str] = []
         self.width = 0
         self.cut = 0
         self.chats = False
@@ -192,6 +197,7 @@ def _write(
             table.first_prompt = table.first_prompt or example.prompt
             table.prompts.append(hashlib.sha256((example.prompt or whole).encode("utf-8", "replace")).digest())
             table.characters.append(len(whole))
+            table.columns += [example.columns] if example.columns else []
             table.domains.append(table.names.setdefault(example.domain, len(table.names)))
             table.width = len(example.texts)
             table.chats = table.chats or not example.ends

@@ -29,6 +29,7 @@ from diloco.messages import (
     State,
     Task,
     Tensors,
+    Written,
 )
 from diloco.replica import Replica
 from diloco.workload import Corpus, Workload, cut
@@ -123,6 +124,7 @@ class Island:
         metrics: dict[str, float] = {}
         tokens = 0
         for step in range(task.first_step, task.first_step + task.steps):  # lines 5-8
+            self._workload.begin_step(self._replica.model, installed=bool(task.install) and step == task.first_step)
             loss, norm, step_tokens, metrics = self._inner_step(task, step)
             losses.append(loss)
             norms.append(norm)
@@ -136,13 +138,7 @@ class Island:
             metrics["inner/loss"] = float(self._replica.total(torch.stack(losses)).mean())
             metrics["inner/grad_norm"] = float(torch.stack(norms).mean())
         seconds = time.perf_counter() - train_start_s
-        if task.evaluate is not None:
-            found = self._workload.evaluate(self._replica.model, self._corpus, task.evaluate)
-            if "loss" not in found:
-                raise ValueError(f"{type(self._workload).__name__}.evaluate gave {sorted(found)}, and not 'loss'")
-            metrics |= {f"eval/{name}": value for name, value in found.items()}
-            if task.keep_best is not None and found["stop_loss"] < task.keep_best.below:
-                stopping.write(Path(task.keep_best.folder), self.write_model)
+        metrics |= stopping.evaluate(self._workload, self._replica.model, self._corpus, task, self.write_model)
         self._last_end_s = time.perf_counter()
         return Report(
             task=task,
@@ -241,9 +237,11 @@ class Island:
         folder.mkdir(parents=True, exist_ok=True)
         self._workload.export(self._replica.model, self._corpus, folder)
 
-    def sample(self, prompt: str) -> str:
-        """Text from the installed model."""
-        return self._workload.sample(self._replica.model, self._corpus, prompt, tokens=SAMPLE_TOKENS, seed=self._seed)
+    def written(self, prompt: str) -> Written:
+        """What the installed model writes."""
+        model, corpus = self._replica.model, self._corpus
+        text = self._workload.sample(model, corpus, prompt, tokens=SAMPLE_TOKENS, seed=self._seed)
+        return Written(text=text, table=self._workload.samples(model, corpus, seed=self._seed))
 
     # --- the lines of the loop ---
 
@@ -254,6 +252,7 @@ class Island:
         if self._source is not None:
             self._anchors.clear()
             self._feedback = Feedback()
+            self._workload.load_state(State())
         self._source = source
         self._start_fresh(step)
 

@@ -235,3 +235,11 @@ class State:
 
     tensors: Tensors = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What the trained model writes: a text, and rows of a table, all with the same columns."""
+
+    text: str = ""
+    table: list[dict[str, str]] = field(default_factory=list)

@@ -11,9 +11,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from diloco.messages import KeepBest, Report
+from torch import nn
+
+from diloco.messages import KeepBest, Report, Task
 from diloco.progress import BestRound
 from diloco.views import RunView
+from diloco.workload import Corpus, Workload
 
 
 def keep_best(run: RunView, path: int) -> KeepBest | None:
@@ -38,6 +41,23 @@ def note(run: RunView, path: int, report: Report) -> BestRound | None:
 def folder_of(root: str | Path, path: int, round_: int) -> Path:
     """Where the model of a path after that many rounds is kept."""
     return Path(root) / f"path{path}-round{round_}"
+
+
+def evaluate(
+    workload: Workload, model: nn.Module, corpus: Corpus, task: Task, export: Callable[[Path], None]
+) -> dict[str, float]:
+    """What the task asks to be measured, under `eval/`; the model is kept if it is the best yet.
+
+    Raises ValueError where the workload tells no loss.
+    """
+    if task.evaluate is None:
+        return {}
+    found = workload.evaluate(model, corpus, task.evaluate)
+    if "loss" not in found:
+        raise ValueError(f"{type(workload).__name__}.evaluate gave {sorted(found)}, and not 'loss'")
+    if task.keep_best is not None and found["stop_loss"] < task.keep_best.below:
+        write(Path(task.keep_best.folder), export)
+    return {f"eval/{name}": value for name, value in found.items()}
 
 
 def write(folder: Path, export: Callable[[Path], None]) -> None:

@@ -43,7 +43,6 @@ def outcome(counters: Counters, *, islands: int, parameters: int, wall_s: float)
         "initial_val_loss": counters.initial_val_loss,
         "val_loss": counters.val_loss,
         "best_val_loss": counters.best_val_loss,
-        "perplexity": None if counters.val_loss is None else math.exp(min(counters.val_loss, 700.0)),
         "bytes_up": counters.bytes_up,
         "bytes_down": counters.bytes_down,
         "bytes_inside": counters.bytes_inside,
@@ -55,6 +54,16 @@ def outcome(counters: Counters, *, islands: int, parameters: int, wall_s: float)
         "waiting_s": round(counters.waiting_s, 3),
         "compute_utilization": round(busy_s / counters.clock_s, 4) if counters.clock_s > 0 else None,
     }
+
+
+def measured(counters: Counters, *, has_perplexity: bool) -> dict[str, object]:
+    """Perplexity, where the loss has one, and before and after training what else a workload measures."""
+    loss = counters.val_loss if has_perplexity else None
+    first, newest = counters.initial_measures, counters.measures
+    found: dict[str, object] = {"perplexity": None if loss is None else math.exp(min(loss, 700.0))}
+    if "reward" in newest:
+        found |= {"reward_before": first.get("reward"), "reward_after": newest["reward"], "kl": newest["kl"]}
+    return found
 
 
 def routed(counters: Counters, *, paths: int, beside: Sequence[str]) -> dict[str, object]:

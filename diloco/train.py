@@ -21,7 +21,7 @@ from diloco.display import Display
 from diloco.events import Event, Log, Run, Save, Started, Stop
 from diloco.interrupts import interruptible
 from diloco.layout import check_blocks
-from diloco.messages import IslandId, Modules, Shape
+from diloco.messages import IslandId, Modules, Shape, Written
 from diloco.metrics import MetricsWriter, open_metrics
 from diloco.replica import ReplicaKind
 from diloco.runtime.base import Backend, Final, Job
@@ -164,8 +164,9 @@ class _Session:
         try:
             stop, final = self._drive(writer, display)
             result = self._conclude(stop, final, writer.elapsed_s)
-            if final.sample:
-                writer.write({"event": "sample", "round": self._view.round, "text": final.sample})
+            if final.written.text:
+                told = {"text": final.written.text, "table": final.written.table}
+                writer.write({"event": "sample", "round": self._view.round, **told})
             writer.write({"event": "end", "round": self._view.round, "status": stop.status})
             _show(display, result, final)
             self._backend.conclude(result.summary)
@@ -223,7 +224,7 @@ class _Session:
             if folder and best and best.round < self._view.round:  # a sample of the last weights is not one of these
                 shutil.rmtree(folder)
                 shutil.copytree(stopping.folder_of(self._view.best_folder, path, best.round), folder)
-                finals[-1] = replace(finals[-1], sample="")
+                finals[-1] = replace(finals[-1], written=Written())
         if export and several:
             table = {"paths": [dict(path) for path in self._modules.paths]}
             summary.write_text(export / "paths.json", json.dumps(table, indent=1) + "\n")
@@ -261,6 +262,7 @@ class _Session:
             "parameters": None if final is None else final.parameters,
             "trainable_parameters": self._parameters,
             **summary.outcome(view.counters, islands=config.islands, parameters=self._parameters, wall_s=wall_s),
+            **summary.measured(view.counters, has_perplexity=config.workload.has_perplexity()),
             **summary.routed(view.counters, paths=len(view.paths), beside=config.metrics.beside),
             **summary.digests(final),
             **({"best_rounds": {path: best.round for path, best in view.best.items()}} if view.best else {}),
@@ -282,8 +284,10 @@ class _Session:
 
 def _show(display: Display, result: Result, final: Final) -> None:
     display.summary(result.summary)
-    if final.sample:
-        display.message(f"sample:\n{final.sample}")
+    if final.written.table:
+        display.table(final.written.table)
+    elif final.written.text:
+        display.message(f"sample:\n{final.written.text}")
     if result.summary["status"] == "interrupted":
         display.message(f"go on with: diloco train resume={result.directory}")
     if result.summary["reason"]:

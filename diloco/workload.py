@@ -64,6 +64,14 @@ class Workload(ABC):
         A part of a batch may have no tokens at all, where they are masked: the loss must then be 0, not 0/0.
         """
 
+    def begin_step(self, model: nn.Module, *, installed: bool) -> None:
+        """Called before each inner step's batch, with the model (not what torch wraps around it).
+
+        `installed`: whether global weights have been written into it since the last step. For what follows the model
+        from step to step, such as an average of its weights; nothing for most.
+        """
+        return None
+
     @abstractmethod
     def tokens(self, batch: Batch) -> int:
         """How many tokens the model learns from in `batch`."""
@@ -74,11 +82,15 @@ class Workload(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, corpus: Corpus, split: str) -> dict[str, float]:
-        """Metrics on a held-out split; must contain "loss" (mean a token, nats)."""
+        """Metrics on a held-out split; must contain "loss": what training is to lower, see `has_perplexity`."""
 
     @abstractmethod
     def export(self, model: nn.Module, corpus: Corpus, folder: Path) -> None:
         """Write the model for use elsewhere into the existing, empty `folder`."""
+
+    def has_perplexity(self) -> bool:
+        """Whether the "loss" of `evaluate` is a cross-entropy a token in nats, of which the exponential is told too."""
+        return True
 
     def splits(self) -> list[str]:
         """What is evaluated, by path: one for all, or one for each path. Then `evaluate` must tell "tokens" too."""
@@ -112,12 +124,16 @@ class Workload(ABC):
         """`prompt` and what the model writes after it; an empty one is chosen here. Empty where there is no text."""
         return ""
 
+    def samples(self, model: nn.Module, corpus: Corpus, *, seed: int) -> list[dict[str, str]]:
+        """Rows of a table of what the model writes, with the same keys in each; none for most."""
+        return []
+
     def state(self) -> State:
         """What belongs to a source beyond model and optimizer (an anchor, say). Empty for most."""
         return State()
 
     def load_state(self, state: State) -> None:
-        """Take back what `state()` gave."""
+        """Take back what `state()` gave; an empty one where another source begins anew."""
         assert not state.tensors and not state.meta, "a workload with state() needs load_state()"
 
 

@@ -16,7 +16,7 @@ from diloco.events import CommitAll, Event, FoldAll, Measure, Push, Respawn, Run
 from diloco.inner import Inner
 from diloco.island import Island
 from diloco.merge import Merge
-from diloco.messages import EVALUATOR, Commit, Fold, IslandId, ModuleKey, Modules, Shape, SourceId
+from diloco.messages import EVALUATOR, Commit, Fold, IslandId, ModuleKey, Modules, Shape, SourceId, Written
 from diloco.outer import OuterOptimizer
 from diloco.replica import Ddp, Replica, ReplicaKind, Single
 from diloco.schedule import Schedule
@@ -124,7 +124,7 @@ class Final:
     parameters: int  # frozen ones too
     weights_sha256: str
     outer_digests: dict[str, str]
-    sample: str
+    written: Written
 
 
 class Abandoned(RuntimeError):

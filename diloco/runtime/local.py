@@ -43,6 +43,7 @@ from diloco.messages import (
     State,
     Task,
     Turn,
+    Written,
 )
 from diloco.runtime.base import LOADED, Backend, Final, Job, Runtime, one_each, placed
 from diloco.starting import StartingValues
@@ -94,8 +95,11 @@ class LocalBackend(Backend):
 
     def __init__(self, job: Job, settings: Local) -> None:
         self._job, self._latency_s = job, settings.latency_s
-        self._seconds_per_step = {EVALUATOR: 0.0, **_of_islands(settings.seconds_per_step or [1.0] * job.islands)}
-        rates = {EVALUATOR: math.inf, **_of_islands(settings.mbits_per_s or [math.inf] * job.islands)}
+        islands = [*map(IslandId, range(job.islands)), EVALUATOR]
+        seconds = settings.seconds_per_step or [1.0] * job.islands
+        most = settings.mbits_per_s or [math.inf] * job.islands
+        self._seconds_per_step = dict(zip(islands, [*seconds, 0.0], strict=True))
+        rates = dict(zip(islands, [*most, math.inf], strict=True))
         self._up = {island: Link(bytes_per_s=rate * 1e6 / 8) for island, rate in rates.items()}
         self._down = {island: Link(bytes_per_s=rate * 1e6 / 8) for island, rate in rates.items()}
         self._threads_before = torch.get_num_threads()
@@ -234,7 +238,7 @@ class LocalBackend(Backend):
             parameters=evaluator.num_parameters(),
             weights_sha256=evaluator.weights_sha256(),
             outer_digests=digests,
-            sample=evaluator.sample(prompt) if folder is not None else "",
+            written=evaluator.written(prompt) if folder is not None else Written(),
         )
 
     def close(self) -> None:
@@ -294,7 +298,3 @@ class LocalBackend(Backend):
 
     def _later(self, delay_s: float, event: Event | Callable[[], Event]) -> None:
         heapq.heappush(self._events, (self._clock_s + delay_s, next(self._count), event))
-
-
-def _of_islands(numbers: list[float]) -> dict[IslandId, float]:
-    return {IslandId(index): number for index, number in enumerate(numbers)}

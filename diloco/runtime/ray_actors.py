@@ -36,6 +36,7 @@ from diloco.messages import (
     State,
     Task,
     Verdict,
+    Written,
 )
 from diloco.runtime.base import LOADED, Job
 from diloco.runtime.kept import Kept, pack, unpack
@@ -169,13 +170,13 @@ class WorkerShell:
         if self._island.saves:
             self._frozen[source, round_] = self._island.export(source)
 
-    def finish(self, task: Task, snapshots: Sequence[Any], folder: str | None, prompt: str) -> tuple[int, str, str]:
-        """Install the final weights; export and sample where there is a folder: (parameters, SHA-256, sample)."""
+    def finish(self, task: Task, snapshots: Sequence[Any], folder: str | None, prompt: str) -> tuple[int, str, Written]:
+        """Install the final weights; export and sample where there is a folder: (parameters, SHA-256, samples)."""
         self._island.install([snapshot for ref in snapshots for snapshot in ray.get(ref)], task.install)
         if folder is not None:
             self._island.write_model(Path(folder))
-        sample = self._island.sample(prompt) if folder is not None else ""
-        return self._island.num_parameters(), self._island.weights_sha256(), sample
+        written = self._island.written(prompt) if folder is not None else Written()
+        return self._island.num_parameters(), self._island.weights_sha256(), written
 
 
 class ShardShell:

@@ -176,13 +176,13 @@ class RayBackend(Backend):
     def finish(self, present: Run, folder: str | None, prompt: str) -> Final:
         """On the evaluator; only digests and the sample come back."""
         snapshots = self._puller.pull(self._nodes[EVALUATOR], EVALUATOR, present.wants)
-        parameters, digest, sample = get(self._islands[EVALUATOR].finish(present.task, snapshots, folder, prompt))
+        parameters, digest, written = get(self._islands[EVALUATOR].finish(present.task, snapshots, folder, prompt))
         digests = get([shard.outer_digests.remote() for shard in self._shards])
         return Final(
             parameters=parameters,
             weights_sha256=digest,
             outer_digests={k: v for part in digests for k, v in part.items()},
-            sample=sample,
+            written=written,
         )
 
     def close(self) -> None:

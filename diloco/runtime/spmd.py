@@ -31,7 +31,7 @@ from diloco.events import (
     Run,
 )
 from diloco.island import Island
-from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Report, Shape, SourceId
+from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, Report, Shape, SourceId, Written
 from diloco.runtime.base import LOADED, Abandoned, Backend, Final, Job, Runtime
 from diloco.runtime.spmd_hub import Hub
 from diloco.runtime.spmd_member import Member
@@ -195,7 +195,7 @@ class SpmdBackend(Backend):
             parameters=self._evaluator.num_parameters(),
             weights_sha256=self._evaluator.weights_sha256(),
             outer_digests={name: digest for answer in answers for name, digest in answer.digests.items()},
-            sample=self._evaluator.sample(prompt) if folder is not None else "",
+            written=self._evaluator.written(prompt) if folder is not None else Written(),
         )
 
     def conclude(self, summary: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -49,14 +50,16 @@ def prompts(rows: Iterable[Row], render: Render | None, *, domain_field: str) ->
         prompt = row.values["prompt"]
         chat = _is_chat(prompt)
         text = _template(row, render)(prompt, True) if chat else _text(row, "prompt")
-        yield _example(row, [[Piece(text, False, chat)]], domain_field)
+        columns = json.dumps(dict(row.values), default=str)
+        yield _example(row, [[Piece(text, False, chat)]], domain_field, columns)
 
 
-def _example(row: Row, texts: list[Text], domain_field: str) -> Example:
+def _example(row: Row, texts: list[Text], domain_field: str, columns: str = "") -> Example:
     if domain_field and row.values.get(domain_field) is None:
         raise ValueError(f"{row.place} has no {domain_field!r} (data.domain_field): mend the row, or leave that out")
     domain = str(row.values[domain_field]) if domain_field else row.place.rpartition(": row ")[0]
-    return Example(place=row.place, texts=texts, domain=domain, ends=not texts[0][0].special)
+    special = texts[0][0].special
+    return Example(place=row.place, texts=texts, domain=domain, ends=not special, columns=columns)
 
 
 def _completed(row: Row, prompt: str, completion: str, render: Render | None) -> Text:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,7 +14,6 @@ import numpy as np
 from diloco.data import Data, make_once
 from diloco.dealing import Epochs, deal, spread
 from diloco.examples import FORMAT, Example, ExampleFolder, prepare_examples
-from diloco.files import Row
 from diloco.tokens import Array
 from diloco.workloads.completions import Marked, bins
 from diloco.workloads.conversations import Render
@@ -45,6 +45,7 @@ class ExampleCorpus:
         Raises ValueError where rows, tokenizer or length do not fit the model, or cannot fill the `shards`.
         """
         self.data = data = language.fitted(data)
+        self._trust_remote_code = language.trust_remote_code
         self.examples = prepared_examples(data, reader, trust_remote_code=language.trust_remote_code)
         self.folder = self.examples.rows
         language.check_vocabulary(data.tokenizer, self.vocab_size)
@@ -58,7 +59,7 @@ class ExampleCorpus:
                 self._units.append([order[unit].tolist() for unit in bins(sizes[order], room=room)])
             else:
                 self._units.append([[row] for row in rows.tolist()])
-        self._epochs = Epochs(seed)
+        self.seed, self._epochs = seed, Epochs(seed)
         self.reference: Array | None = None  # float32[rows, texts]: what a workload measures likelihoods against
         available = np.flatnonzero(self.folder.held_out)
         self.validation_rows: Array = available[spread(len(available), data.eval_sequences)]
@@ -72,6 +73,13 @@ class ExampleCorpus:
     def tokenizer_folder(self) -> Path:
         """What AutoTokenizer.from_pretrained loads."""
         return self.folder.tokenizer
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """It, loaded once."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.tokenizer_folder, trust_remote_code=self._trust_remote_code)
 
     @property
     def vocab_size(self) -> int:
@@ -90,6 +98,16 @@ class ExampleCorpus:
     def text(self, row: int, index: int = 0) -> Marked:
         """Tokens of a row's text, and which of them are targets."""
         return self.examples.text(row, index)
+
+    def prompt(self, row: int) -> str:
+        """What a row's text begins with, up to its first target."""
+        tokens, targets = self.text(row)
+        before = int(targets.argmax()) if targets.any() else len(tokens)
+        return str(self.tokenizer.decode(tokens[:before].tolist(), skip_special_tokens=True))
+
+    def columns(self, row: int) -> dict[str, Any]:
+        """All columns of a row, where the reader keeps them."""
+        return dict(json.loads(self.examples.columns[row])) if self.examples.columns else {}
 
     def asked(self, prompt: str) -> str:
         """`prompt` as the rows have theirs, by the chat template if they are chats; empty, the first row's own."""
@@ -128,15 +146,14 @@ def prepared_examples(data: Data, reader: Reader, *, trust_remote_code: bool) ->
             "data.tokenizer=bpe is trained on documents, and these are rows: start from a model that was trained before"
             " (workload.model=RUN/export), whose tokenizer is then used, or use data.tokenizer=bytes"
         )
-    source, recipe = data.row_source(), data.recipe(trust_remote_code=trust_remote_code)
+    source, recipe = data.source(), data.recipe(trust_remote_code=trust_remote_code)
     about = {"format": FORMAT, "rows": reader.__name__, "length": data.sequence_length, "sources": source.versions()}
-    key = json.dumps([about, data.domain_field, recipe.fingerprint()], sort_keys=True)
+    key = json.dumps([about, data.domain_field, data.prompt_words, recipe.fingerprint()], sort_keys=True)
     final = Path(data.cache).expanduser().absolute() / "examples" / hashlib.sha256(key.encode()).hexdigest()[:20]
 
     def make(folder: Path) -> None:
         render = template_of(recipe.tokenizer, trust_remote_code=trust_remote_code)
-        rows: Iterable[Row] = source.rows()
-        examples = reader(rows, render, domain_field=data.domain_field)
+        examples = reader(data.rows(), render, domain_field="" if data.prompt_words else data.domain_field)
         prepare_examples(examples, recipe, folder, length=data.sequence_length, meta=about)
 
     make_once(final, make)

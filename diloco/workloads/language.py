@@ -39,19 +39,25 @@ class LanguageModel:
             name = os.path.abspath(os.path.expanduser(name))
         return cls(name, trust_remote_code)
 
-    def build(self, seed: int) -> nn.Module:
-        """A preset's model with new weights, or a pretrained one with its own; float32, in train mode."""
-        from transformers import AutoModelForCausalLM, LlamaConfig
+    def build(self, seed: int, *, scores: bool = False) -> nn.Module:
+        """A preset's model with new weights, or a pretrained one with its own; float32, in train mode.
 
+        With `scores`, it has one output in place of its head, zero at first unless the folder's model has it already.
+        """
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+        kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        more: dict[str, Any] = {"num_labels": 1} if scores else {}
         with sampling.seeded(seed, torch.device("cpu")):
             if self.name in PRESETS:
-                config = LlamaConfig(**PRESETS[self.name].llama_settings())
-                build: Any = AutoModelForCausalLM.from_config
-                model = build(config, dtype=torch.float32, attn_implementation="sdpa")
+                config = LlamaConfig(**PRESETS[self.name].llama_settings(), **more)
+                model = kind.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
             else:
-                model = self._pretrained(AutoModelForCausalLM, {"dtype": torch.float32})
+                model = self._pretrained(kind, {"dtype": torch.float32, **more})
                 model.config.use_cache = False
         assert isinstance(model, nn.Module)
+        if scores:
+            _begin_scoring(model)
         return model.train()
 
     def fingerprint(self, seed: int) -> list[object]:
@@ -165,6 +171,15 @@ class LanguageModel:
             ) from error
 
 
+def _begin_scoring(model: Any) -> None:
+    """A zero output, unless it was trained before, and a token that transformers takes for the filling of a batch."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
+    if not any("SequenceClassification" in name for name in model.config.architectures or []):
+        nn.init.zeros_(model.score.weight)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; then the mode that was before."""
@@ -190,14 +205,16 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing over a run's own display."""
+    """Keep transformers from drawing over a run's own display, and from telling that a new head is new."""
     from transformers.utils import logging as untyped
 
     logging: Any = untyped
-    enabled = logging.is_progress_bar_enabled()
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             logging.enable_progress_bar()

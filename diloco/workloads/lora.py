@@ -33,9 +33,10 @@ class LoRA:
         if not 0 < self.alpha < float("inf"):
             raise ValueError(f"workload.lora.alpha={self.alpha}: it must be a positive number")
 
-    def around(self, model: nn.Module, seed: int) -> nn.Module:
+    def around(self, model: nn.Module, seed: int, *, scores: bool = False) -> nn.Module:
         """`model` with adapters that are trained, all else frozen; itself without a rank.
 
+        The head of one that `scores` is trained too.
         Raises ValueError where peft is not installed or no layer has a name among `targets`.
         """
         if not self.rank:
@@ -52,7 +53,7 @@ class LoRA:
                 f"{', '.join(dict.fromkeys(names))}"
             )
         config = LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=TaskType.SEQ_CLS if scores else TaskType.CAUSAL_LM,
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,

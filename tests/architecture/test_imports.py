@@ -19,7 +19,7 @@ TYPES = {  # records
 }
 DATA = {
     *("diloco.data", "diloco.dealing", "diloco.examples", "diloco.files", "diloco.sources", "diloco.tokens"),
-    "diloco.vocabulary",
+    *("diloco.prompts", "diloco.vocabulary"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "diloco.messages": set(),
@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.saved_view": {"diloco.seats", *TYPES},
     "diloco.saves": {"diloco.saved_view", *TYPES},
     "diloco.seats": {"diloco.schedule", "diloco.waiting", *TYPES},
-    "diloco.stopping": TYPES,
+    "diloco.stopping": {"diloco.workload", *TYPES},
     "diloco.evaluations": {"diloco.records", "diloco.stopping", "diloco.tasks", *TYPES},
     "diloco.pushes": {"diloco.events", "diloco.messages"},
     "diloco.watch": {"diloco.records", *TYPES},
