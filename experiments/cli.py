@@ -1,4 +1,4 @@
-"""The command `diloco`: train, plan, report, export, sample, route and doctor."""
+"""The command `diloco`: train, plan, report, export, sample, soup, pairs, route and doctor."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ COMMANDS = {
     "report": "draw what came out of a run, of several side by side, or of a sweep, as one HTML page",
     "export": "write the trained model as a folder that transformers loads",
     "sample": "let the trained model write",
+    "soup": "average models that were trained from one start, or measure the way between them",
+    "pairs": "let a trained model answer prompts N times each, and keep the best and the worst as pairs to learn from",
     "route": "how well a run of several paths does when texts change path as they go on; fits a router for that",
     "doctor": "what this machine or cluster can run, and what is missing",
 }
@@ -40,6 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _export(arguments.run, arguments.to)
             case "sample":
                 return _sample(arguments)
+            case "soup":
+                from experiments import soups
+
+                return soups.cook(arguments)
+            case "pairs":
+                from experiments import pairs
+
+                return pairs.make(arguments)
             case "route":
                 from experiments import routing
 
@@ -85,8 +95,41 @@ def _parser() -> Parser:
         help="of a run of several paths: choose one anew for every W tokens, after diloco route RUN",
     )
     _add_route(subparsers["route"])
+    _add_soup(subparsers["soup"])
+    _add_pairs(subparsers["pairs"])
     subparsers["doctor"].add_argument("--quick", action="store_true", help="do not start Ray or ask its cluster")
     return parser
+
+
+def _add_soup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directories of runs from one start")
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="a new or empty folder")
+    parser.add_argument("--merge", choices=["mean", "slerp", "rda"], default="mean", help="default mean")
+    parser.add_argument("--weights", metavar="W,...", type=_numbers, help="one a run; default: all the same")
+    parser.add_argument("--greedy", action="store_true", help="only runs that make the soup no worse, the best first")
+    parser.add_argument(
+        "--eta", metavar="E", type=float, default=1.0, help="how far to go from the start to the soup; default 1"
+    )
+    text = "measure N points of the way instead: from the first to the second of two runs, else from the start"
+    parser.add_argument("--points", metavar="N", type=int, default=0, help=text)
+
+
+def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run of workload=online")
+    parser.add_argument("--to", metavar="FILE", type=Path, required=True, help="a new .jsonl file")
+    parser.add_argument("--judge", default="", help="default: the run's own")
+    parser.add_argument("--completions", metavar="N", type=_positive, default=8, help="of each prompt; default 8")
+    parser.add_argument("--prompts", metavar="N", type=_positive, default=1000, help="at most so many; default 1000")
+    text = "keep this share of the pairs, those whose rewards are furthest apart; default 1"
+    parser.add_argument("--keep", metavar="SHARE", type=float, default=1.0, help=text)
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="another seed, other answers")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a list of numbers, such as 0.7,0.3") from None
 
 
 def _add_route(parser: argparse.ArgumentParser) -> None:

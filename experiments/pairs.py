@@ -1,0 +1,78 @@
+"""`diloco pairs`: the best and the worst of N answers to each prompt, as rows that a reward model can learn from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from diloco.workloads import judges
+from diloco.workloads.example_corpus import ExampleCorpus
+from diloco.workloads.fine_tuning import unwrapped
+from diloco.workloads.generation import key_of
+from diloco.workloads.online import Online
+from diloco.workloads.rollouts import Rollouts, write
+from experiments.entry import FINISHED
+from experiments.trained import trained
+
+PROMPTS_AT_ONCE = 8
+
+
+def make(arguments: argparse.Namespace) -> int:
+    """Carry out the command: West-of-N (arXiv:2401.12086, section 3), with the margin of rewards as confidence.
+
+    Returns the exit status. Raises ValueError for what cannot be done.
+    """
+    to: Path = arguments.to
+    if to.exists() or to.suffix != ".jsonl":
+        raise ValueError(f"--to {to}: give a new file that ends in .jsonl")
+    if arguments.completions < 2:
+        raise ValueError(f"--completions {arguments.completions}: at least 2 are compared")
+    if not 0 < arguments.keep <= 1:
+        raise ValueError(f"--keep {arguments.keep}: it must be above 0 and at most 1")
+    found = trained(arguments.run)
+    workload, corpus = found.config.workload, found.corpus
+    if not isinstance(workload, Online) or not isinstance(corpus, ExampleCorpus):
+        raise ValueError(f"{arguments.run} has no prompts to answer: give a run of workload=online")
+    judge = judges.named(arguments.judge or workload.judge)
+    pairs: list[tuple[float, dict[str, str]]] = []
+    rows = [int(row) for shard in corpus.assignment for row in shard][: arguments.prompts]
+    dropped = 0
+    for first in range(0, len(rows), PROMPTS_AT_ONCE):
+        chunk = rows[first : first + PROMPTS_AT_ONCE]
+        keys = [[key_of("pairs", arguments.seed, row, i) for i in range(arguments.completions)] for row in chunk]
+        written = write(
+            unwrapped(found.model),
+            corpus,
+            chunk,
+            keys,
+            tokens=workload.completion_tokens,
+            temperature=workload.temperature,
+        )
+        own = best_and_worst(written, judge)
+        pairs += own
+        dropped += len(chunk) - len(own)
+    pairs.sort(key=lambda pair: -pair[0])
+    kept = pairs[: math.ceil(len(pairs) * arguments.keep)]
+    if not kept:
+        raise ValueError("no prompt has answers of different rewards: give more --completions")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text("".join(json.dumps(row) + "\n" for _, row in kept), encoding="utf-8")
+    print(f"{to}: {len(kept)} pairs of {len(rows)} prompts; {dropped} had answers that are equally good")
+    return FINISHED
+
+
+def best_and_worst(written: Rollouts, judge: judges.Judge) -> list[tuple[float, dict[str, str]]]:
+    """(difference of the rewards, row) of each prompt whose answers differ in them."""
+    found = []
+    for answers in written.answers:
+        given = judges.rewards(judge, answers)
+        known = [(reward, answer) for reward, answer in zip(given, answers, strict=True) if not math.isnan(reward)]
+        if not known:
+            continue
+        best, worst = max(known, key=lambda pair: pair[0]), min(known, key=lambda pair: pair[0])
+        if best[0] > worst[0] and best[1].completion and worst[1].completion:
+            row = {"prompt": best[1].prompt, "chosen": best[1].completion, "rejected": worst[1].completion}
+            found.append((best[0] - worst[0], row))
+    return found
