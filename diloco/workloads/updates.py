@@ -34,7 +34,7 @@ def best_and_worst(judged: Judged, objective: Objective) -> tuple[Tensor, Tensor
     worst = judged.rewards.masked_fill(~known, math.inf).argmin(dim=1, keepdim=True)
     differ = judged.rewards.gather(1, best) > judged.rewards.gather(1, worst)
     ties = ~(differ & (known.sum(dim=1, keepdim=True) > 1)).squeeze(1)
-    losses = torch.zeros_like(judged.policy[:, 0])
+    losses = judged.policy[:, 0] * 0.0  # of which gradients can be taken also where all are ties
     if not ties.all():
         chosen, rejected = (
             [values.gather(1, place)[~ties, 0] for values in (judged.policy, judged.anchor, judged.tokens)]

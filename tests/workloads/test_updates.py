@@ -45,6 +45,12 @@ def test_ties_and_refused_completions_teach_nothing() -> None:
     assert given.policy.grad is not None and given.policy.grad.isfinite().all()
 
 
+def test_where_all_are_ties_there_is_a_gradient_of_nothing() -> None:
+    given = judged([[-1.0, -2.0]], [[0.0, 0.0]])
+    best_and_worst(given, DPO())[0].mean().backward()  # type: ignore[no-untyped-call]
+    assert given.policy.grad is not None and given.policy.grad.tolist() == [[0.0, 0.0]]
+
+
 def test_reinforce_by_hand() -> None:
     """Rewards less beta times the log-ratios: 2 - .5, 1 - 0, 0 - 1; baselines 0, .25, 1.25."""
     given = judged([[-1.0, -2.0, -3.0]], [[2.0, 1.0, 0.0]], [[-1.5, -2.0, -4.0]])
