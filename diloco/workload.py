@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -91,6 +92,10 @@ class Workload(ABC):
     def has_perplexity(self) -> bool:
         """Whether the "loss" of `evaluate` is a cross-entropy a token in nats, of which the exponential is told too."""
         return True
+
+    def learning(self) -> Sequence[str]:
+        """Fields that change what is learned, but not what `evaluate` tells of given weights."""
+        return ()
 
     def splits(self) -> list[str]:
         """What is evaluated, by path: one for all, or one for each path. Then `evaluate` must tell "tokens" too."""

@@ -110,6 +110,8 @@ def _add_soup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eta", metavar="E", type=float, default=1.0, help="how far to go from the start to the soup; default 1"
     )
+    text = "a run or an export that the way begins at; default: where the runs did"
+    parser.add_argument("--start", metavar="PATH", type=Path, help=text)
     text = "measure N points of the way instead: from the first to the second of two runs, else from the start"
     parser.add_argument("--points", metavar="N", type=int, default=0, help=text)
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
+
+from torch import nn
 
 from diloco.workloads import judges
 from diloco.workloads.example_corpus import ExampleCorpus
@@ -17,6 +21,8 @@ from experiments.entry import FINISHED
 from experiments.trained import trained
 
 PROMPTS_AT_ONCE = 8
+
+Pair: TypeAlias = tuple[float, dict[str, str]]  # difference of the rewards, and a row: prompt, chosen, rejected
 
 
 def make(arguments: argparse.Namespace) -> int:
@@ -36,36 +42,42 @@ def make(arguments: argparse.Namespace) -> int:
     if not isinstance(workload, Online) or not isinstance(corpus, ExampleCorpus):
         raise ValueError(f"{arguments.run} has no prompts to answer: give a run of workload=online")
     judge = judges.named(arguments.judge or workload.judge)
-    pairs: list[tuple[float, dict[str, str]]] = []
     rows = [int(row) for shard in corpus.assignment for row in shard][: arguments.prompts]
-    dropped = 0
-    for first in range(0, len(rows), PROMPTS_AT_ONCE):
-        chunk = rows[first : first + PROMPTS_AT_ONCE]
-        keys = [[key_of("pairs", arguments.seed, row, i) for i in range(arguments.completions)] for row in chunk]
-        written = write(
-            unwrapped(found.model),
-            corpus,
-            chunk,
-            keys,
-            tokens=workload.completion_tokens,
-            temperature=workload.temperature,
-        )
-        own = best_and_worst(written, judge)
-        pairs += own
-        dropped += len(chunk) - len(own)
+    pairs = answered(found.model, corpus, rows, judge, workload, completions=arguments.completions, seed=arguments.seed)
     pairs.sort(key=lambda pair: -pair[0])
     kept = pairs[: math.ceil(len(pairs) * arguments.keep)]
     if not kept:
         raise ValueError("no prompt has answers of different rewards: give more --completions")
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text("".join(json.dumps(row) + "\n" for _, row in kept), encoding="utf-8")
-    print(f"{to}: {len(kept)} pairs of {len(rows)} prompts; {dropped} had answers that are equally good")
+    print(f"{to}: {len(kept)} pairs of {len(rows)} prompts; {len(rows) - len(pairs)} had answers that are equally good")
     return FINISHED
 
 
-def best_and_worst(written: Rollouts, judge: judges.Judge) -> list[tuple[float, dict[str, str]]]:
-    """(difference of the rewards, row) of each prompt whose answers differ in them."""
-    found = []
+def answered(
+    model: nn.Module,
+    corpus: ExampleCorpus,
+    rows: Sequence[int],
+    judge: judges.Judge,
+    workload: Online,
+    *,
+    completions: int,
+    seed: int,
+) -> list[Pair]:
+    """The best and the worst of `completions` answers to the prompt of each row, where they differ in reward."""
+    pairs: list[Pair] = []
+    for first in range(0, len(rows), PROMPTS_AT_ONCE):
+        chunk = rows[first : first + PROMPTS_AT_ONCE]
+        keys = [[key_of("pairs", seed, row, i) for i in range(completions)] for row in chunk]
+        tokens, temperature = workload.completion_tokens, workload.temperature
+        written = write(unwrapped(model), corpus, chunk, keys, tokens=tokens, temperature=temperature)
+        pairs += best_and_worst(written, judge)
+    return pairs
+
+
+def best_and_worst(written: Rollouts, judge: judges.Judge) -> list[Pair]:
+    """Of each prompt whose answers differ in reward."""
+    found: list[Pair] = []
     for answers in written.answers:
         given = judges.rewards(judge, answers)
         known = [(reward, answer) for reward, answer in zip(given, answers, strict=True) if not math.isnan(reward)]

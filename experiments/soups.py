@@ -33,7 +33,7 @@ def cook(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.to
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--to {folder} is not empty: give a new folder")
-    kitchen = Kitchen(arguments.runs, MERGES[arguments.merge])
+    kitchen = Kitchen(arguments.runs, MERGES[arguments.merge], arguments.start)
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.points:
         front(kitchen, weights, arguments.points, folder)
@@ -55,8 +55,11 @@ def cook(arguments: argparse.Namespace) -> int:
 class Kitchen:
     """The values of runs that began alike, and one model that any mixture of them can be put into."""
 
-    def __init__(self, runs: Sequence[Path], merge: Merge) -> None:
-        """Raises ValueError where a run cannot be read, or has another start than the first."""
+    def __init__(self, runs: Sequence[Path], merge: Merge, start: Path | None = None) -> None:
+        """`start`: a run or an export that ways begin at, if not where the runs did.
+
+        Raises ValueError where a run cannot be read, or has another start than the first.
+        """
         labels = [run.resolve().name for run in runs]
         if len(set(labels)) < len(labels):
             labels = [str(run) for run in runs]
@@ -77,6 +80,12 @@ class Kitchen:
             if _measured_by(other.config) not in [_measured_by(known) for known, _ in self._measures.values()]:
                 self._measures[label] = (other.config, other.corpus)
         self.start = starts[labels[0]]
+        if start is not None:
+            values = read_values(resume.starting_folder(str(start)))
+            missing = [name for name in self.start if name not in values]
+            if missing:
+                raise ValueError(f"--start {start} has no {missing[0]}, and {len(missing)} such: is it another model?")
+            self.start = {name: values[name] for name in self.start}
 
     @property
     def loss(self) -> str:
@@ -141,8 +150,9 @@ def _start(config: RunConfig) -> Tensors:
 
 
 def _measured_by(config: RunConfig) -> object:
-    plain = configuration.plain(config)
-    return [plain["choices"]["workload"], plain["workload"], plain["data"]]
+    plain, without = configuration.plain(config), config.workload.learning()
+    measured = {name: value for name, value in plain["workload"].items() if name not in without}
+    return [plain["choices"]["workload"], measured, {**plain["data"], "batch": 0, "accumulation": 0}]
 
 
 def _weights(arguments: argparse.Namespace) -> list[float]:

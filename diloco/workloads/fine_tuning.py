@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +58,10 @@ class FineTuning(Workload):
             known = self.__dict__["_start"] = self.language().build(0).to(device).requires_grad_(False)
         with evaluating(known):
             yield known
+
+    def learning(self) -> Sequence[str]:
+        """How what is trained is written out."""
+        return ("export_merged",)
 
     def build_model(self, seed: int) -> nn.Module:
         return self.lora.around(self.language().build(seed), seed)

@@ -170,6 +170,11 @@ class Online(FineTuning):
         """Prompts."""
         return len(batch["rows"])
 
+    def learning(self) -> Sequence[str]:
+        """All but the judge and how answers are sampled."""
+        own = ("update", "objective", "settings", "anchor", "anchor_rate", "beta", "gamma", "jeffreys", "completions")
+        return (*super().learning(), *own)
+
     def has_perplexity(self) -> bool:
         """No."""
         return False

@@ -70,6 +70,10 @@ class RewardModel(FineTuning):
         """Pairs."""
         return len(batch["tokens"])
 
+    def learning(self) -> Sequence[str]:
+        """Dropout too."""
+        return (*super().learning(), "dropout")
+
     def has_perplexity(self) -> bool:
         """No."""
         return False

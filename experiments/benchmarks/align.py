@@ -21,8 +21,10 @@ from diloco.checkpoint import Checkpoint
 from diloco.data import Data
 from diloco.inner import AdamW, RateSchedule
 from diloco.merge import Mean, Merge
+from diloco.messages import Tensors
 from diloco.metrics import Metrics
 from diloco.outer import OuterOptimizer, Sgd
+from diloco.replica import Single
 from diloco.runtime.base import Store
 from diloco.runtime.local import Local
 from diloco.sources import Document
@@ -90,7 +92,7 @@ class Policies:
         inner_steps: int = 0,
         rounds: int = 1,
         batch: int = 0,
-        lr: float = 5e-4,
+        lr: float = 2e-4,
         merge: Merge | None = None,
         outer: OuterOptimizer | None = None,
         eval_every: int = 1,
@@ -106,6 +108,12 @@ class Policies:
             outer=outer or Sgd(lr=1.0),
             eval_every=eval_every,
         )
+
+    def measure(self, workload: Workload, seed: int, values: Tensors) -> dict[str, float]:
+        """What `workload` measures of a policy with these weights, on the held-out prompts."""
+        model = workload.build_model(seed)
+        Single(model).install(list(values), values, keep=0.0)
+        return workload.evaluate(model, workload.corpus(self.data(1), seed=seed, shards=1), "validation")
 
     def data(self, batch: int) -> Data:
         """The paragraphs."""

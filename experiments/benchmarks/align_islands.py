@@ -33,7 +33,7 @@ class Row:
     times_steps: int = 1
     times_batch: int = 1
     rank: int = 0
-    lr: float = 5e-4
+    lr: float = 2e-4
     outer: OuterOptimizer | None = None
     codec: Codec = field(default_factory=Float32)  # both ways
 
@@ -43,9 +43,9 @@ ROWS = {
     "data parallel": Row(times_batch=ISLANDS),
     "4 islands, H=10": Row(islands=ISLANDS, outer=Nesterov(lr=0.7, momentum=0.5)),
     "4 islands, H=10, LoRA in 4 bits": Row(
-        islands=ISLANDS, outer=Nesterov(lr=0.7, momentum=0.5), rank=4, lr=5e-3, codec=Int4()
+        islands=ISLANDS, outer=Nesterov(lr=0.7, momentum=0.5), rank=4, lr=2e-3, codec=Int4()
     ),
-    "data parallel, LoRA": Row(times_batch=ISLANDS, rank=4, lr=5e-3),
+    "data parallel, LoRA": Row(times_batch=ISLANDS, rank=4, lr=2e-3),
 }
 ONE, PARALLEL, DILOCO, LORA, PARALLEL_LORA = ROWS
 
