@@ -40,6 +40,7 @@ class Example:
     texts: Sequence[Text]
     domain: str = ""
     ends: bool = True  # whether end-of-text is added, which a chat template has done already
+    made: bool = False  # of a document: left out, rather than refused, where its prompt is too long
     columns: str = ""  # of the row, as JSON, for who has to know more than its texts
 
     @property
@@ -180,8 +181,10 @@ def _write(
     table, dtype = _Table(), _dtype(vocabulary)
     with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "targets.bin").open("wb") as targets_file:
         for example, texts in encoded:
-            for tokens, targets in texts:
-                before = targets.index(True) if True in targets else len(targets)
+            heads = [targets.index(True) if True in targets else len(targets) for _, targets in texts]
+            if example.made and max(heads) > length:
+                continue
+            for before, (tokens, targets) in zip(heads, texts, strict=True):
                 if before > length:
                     raise ValueError(
                         f"{example.place}: its prompt has {before} tokens, and data.sequence_length={length} leaves no "

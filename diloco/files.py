@@ -22,6 +22,7 @@ class Row:
 
     place: str  # such as pairs.jsonl: row 17
     values: Mapping[str, Any]
+    made: bool = False  # of a document, by rule: nobody could mend it
 
 
 class DocumentUnit(Enum):

@@ -25,4 +25,5 @@ def rows_of(documents: Iterable[Document], words: int) -> Iterator[Row]:
                 continue
             number += 1
             prompt, completion = " ".join(found[:words]), " " + " ".join(found[words:])
-            yield Row(place=f"{document.domain}: row {number}", values={"prompt": prompt, "completion": completion})
+            values = {"prompt": prompt, "completion": completion}
+            yield Row(place=f"{document.domain}: row {number}", values=values, made=True)

@@ -530,3 +530,42 @@ print(TokenCorpus(data, seed=0, shards=2).sha256)
     digests = {process.communicate(timeout=60)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0] and len(digests) == 1
     assert len(os.listdir(tmp_path / "corpora")) == 1
+
+
+# --- rows of documents ---
+
+
+def test_paragraphs_of_prose_become_prompts_and_completions(tmp_path: Path) -> None:
+    from diloco.prompts import rows_of
+    from diloco.sources import Document
+
+    text = (
+        "A first paragraph goes\n  on over lines. It ends here.\n\ndef code(x):\n    return {x: 1}\n\n"
+        "Too short to be used.\n\nThis one has no stop at the end of it\n\nAnother one ends with a question, does it?"
+    )
+    found = list(rows_of([Document(text, "kind")], 4))
+    assert [row.values for row in found] == [
+        {"prompt": "A first paragraph goes", "completion": " on over lines. It ends here."},
+        {"prompt": "Another one ends with", "completion": " a question, does it?"},
+    ]
+    assert [row.place for row in found] == ["kind: row 1", "kind: row 2"] and all(row.made for row in found)
+
+
+def test_rows_of_documents_whose_prompt_is_too_long_are_left_out(tmp_path: Path) -> None:
+    """They could not be mended; rows of the user's own are told."""
+    from diloco.workloads.sft import SFT
+
+    texts = [f"Number {i} is {'large' * (9 if i == 3 else 1)} enough to be a text of its own here." for i in range(12)]
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts))
+    given: dict[str, Any] = {"tokenizer": "bytes", "sequence_length": 40, "cache": str(tmp_path / "cache")}
+    made = Data(files=str(tmp_path / "texts.txt"), document=DocumentUnit.line, prompt_words=4, **given)
+    corpus = SFT().corpus(made, seed=0, shards=1)
+    assert corpus.folder.meta["rows"] == 11
+    own = [{"prompt": "long " * 20, "completion": "short"}, {"prompt": "a", "completion": "b"}]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, own)))
+    with pytest.raises(ValueError, match="row 1: its prompt has 100 tokens"):
+        SFT().corpus(Data(files=str(tmp_path / "own.jsonl"), **given), seed=0, shards=1)
+    with pytest.raises(ValueError, match="or set data.prompt_words=8 to cut prompts from documents"):
+        SFT().corpus(Data(cache=given["cache"], tokenizer="bytes"), seed=0, shards=1)
+    with pytest.raises(ValueError, match="data.prompt_words=-1"):
+        Data(prompt_words=-1)

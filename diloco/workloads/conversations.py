@@ -59,7 +59,7 @@ def _example(row: Row, texts: list[Text], domain_field: str, columns: str = "") 
         raise ValueError(f"{row.place} has no {domain_field!r} (data.domain_field): mend the row, or leave that out")
     domain = str(row.values[domain_field]) if domain_field else row.place.rpartition(": row ")[0]
     special = texts[0][0].special
-    return Example(place=row.place, texts=texts, domain=domain, ends=not special, columns=columns)
+    return Example(place=row.place, texts=texts, domain=domain, ends=not special, made=row.made, columns=columns)
 
 
 def _completed(row: Row, prompt: str, completion: str, render: Render | None) -> Text:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diloco.data import Data
+from diloco.dealing import spread
 from diloco.messages import ShardId, State
 from diloco.workload import Batch, Corpus
 from diloco.workloads import conversations, generation, judges, updates
@@ -213,7 +214,8 @@ class Online(FineTuning):
         """Some held-out prompts, what was written to them before training and what is now, and the rewards."""
         assert isinstance(corpus, ExampleCorpus)
         self._remember(corpus)
-        rows = corpus.validation_rows[:SHOWN].tolist()
+        available = corpus.validation_rows
+        rows = available[spread(len(available), SHOWN)].tolist()
         found: list[dict[str, str]] = [{"prompt": corpus.prompt(row)} for row in rows]
         with self.start(model) as start:
             before = self._written(start, rows, ["evaluation"] * len(rows), range(1))

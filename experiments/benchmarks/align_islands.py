@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from diloco.codec import Codec, Float32, Int4
+from diloco.codec import Codec, Float32, Int4, Int8
 from diloco.outer import Nesterov, OuterOptimizer, Sgd
 from diloco.workloads.lora import LoRA
 from diloco.workloads.online import Online
@@ -33,7 +33,7 @@ class Row:
     times_steps: int = 1
     times_batch: int = 1
     rank: int = 0
-    lr: float = 2e-4
+    lr: float = 3e-4
     outer: OuterOptimizer | None = None
     codec: Codec = field(default_factory=Float32)  # both ways
 
@@ -41,11 +41,11 @@ class Row:
 ROWS = {
     "one worker": Row(times_steps=ISLANDS),
     "data parallel": Row(times_batch=ISLANDS),
-    "4 islands, H=10": Row(islands=ISLANDS, outer=Nesterov(lr=0.7, momentum=0.5)),
+    "4 islands, H=10, 8 bits": Row(islands=ISLANDS, outer=Nesterov(lr=0.7, momentum=0.5), codec=Int8()),
     "4 islands, H=10, LoRA in 4 bits": Row(
-        islands=ISLANDS, outer=Nesterov(lr=0.7, momentum=0.5), rank=4, lr=2e-3, codec=Int4()
+        islands=ISLANDS, outer=Nesterov(lr=0.7, momentum=0.5), rank=4, lr=3e-3, codec=Int4()
     ),
-    "data parallel, LoRA": Row(times_batch=ISLANDS, rank=4, lr=2e-3),
+    "data parallel, LoRA": Row(times_batch=ISLANDS, rank=4, lr=3e-3),
 }
 ONE, PARALLEL, DILOCO, LORA, PARALLEL_LORA = ROWS
 
