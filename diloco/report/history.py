@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -68,6 +68,7 @@ class Evaluation(NamedTuple):
     loads: Mapping[int, float] = NOTHING  # shares of the validation tokens, by path
     best_rounds: Mapping[int, float] = NOTHING  # with early stopping: after which each path counts
     beside: Mapping[str, float] = NOTHING  # losses of other runs after as many steps, by label
+    measures: Mapping[str, float] = NOTHING  # what else the workload told
 
 
 class Refusal(NamedTuple):
@@ -94,6 +95,7 @@ class Note(NamedTuple):
     round: int | None
     time_s: float
     text: str
+    table: Sequence[Mapping[str, str]] = ()  # of a sample: rows with the same keys
 
 
 @dataclass(kw_only=True)
@@ -153,7 +155,7 @@ class History:
         elif event == "warning":
             self.warnings.append(_note(record, time_s, "message"))
         elif event == "sample":
-            self.samples.append(_note(record, time_s, "text"))
+            self.samples.append(_note(record, time_s, "text")._replace(table=_rows(record.get("table"))))
         elif event == "end":
             self.ended = True
         if event in MARKS:
@@ -252,13 +254,18 @@ def _evaluation(record: Mapping[str, Any], time_s: float, clock_s: float) -> Eva
     told = (_below(record, prefix) for prefix in ("eval/loss/", "eval/load/", "eval/best_round/"))
     by_path, loads, best = ({int(path): value for path, value in found.items()} for found in told)
     loss = number(record, "eval/loss")
-    return Evaluation(_round(record), time_s, loss, clock_s, by_path, loads, best, _below(record, "beside/"))
+    more = {name: value for name, value in _below(record, "eval/").items() if name != "loss" and "/" not in name}
+    return Evaluation(_round(record), time_s, loss, clock_s, by_path, loads, best, _below(record, "beside/"), more)
 
 
 def _below(record: Mapping[str, Any], prefix: str) -> dict[str, float]:
     """The finite numbers under keys that begin so, by the rest of the key."""
     found = {key.removeprefix(prefix): number(record, key) for key in record if key.startswith(prefix)}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _rows(table: object) -> list[Mapping[str, str]]:
+    return [row for row in table if isinstance(row, dict)] if isinstance(table, list) else []
 
 
 def _numbers(values: object) -> tuple[float, ...]:

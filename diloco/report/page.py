@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diloco.formats import format_bytes, format_count, format_duration, format_loss, format_perplexity
-from diloco.report import arrivals, path_charts, path_tables, tables
+from diloco.report import arrivals, measures, path_charts, path_tables, tables
 from diloco.report.drawing import COLOURS, png, svg
 from diloco.report.figures import Figure, figures, keys
 from diloco.report.history import amount, number
@@ -37,7 +37,7 @@ def write_report(runs: Sequence[Path], to: Path) -> Path:
     found = read_runs(runs)
     title = _title(runs, found)
     begun = [run for run in found if run.history.evaluations or run.history.segments]
-    drawn = [*figures(begun), *arrivals.figures(begun)] if begun else []
+    drawn = [*measures.figures(begun), *figures(begun), *arrivals.figures(begun)] if begun else []
     routed = paths_of(begun[0]) if len(begun) == 1 else None
     by_path = [path_charts.figure(begun[0].history, routed)] if routed is not None else []
     times = [
@@ -146,7 +146,8 @@ def _tiles(run: Run) -> str:
     arrow = " \N{RIGHTWARDS ARROW} "
     shown = [
         ("validation loss", f"{format_loss(before)}{arrow}{format_loss(after)}",
-         f"perplexity {format_perplexity(before)}{arrow}{format_perplexity(after)}"),
+         f"perplexity {format_perplexity(before)}{arrow}{format_perplexity(after)}" if run.has_perplexity else ""),
+        *measures.tiles(run),
         ("bytes sent", "-" if sent is None else format_bytes(sent),
          f"{ratio} than data parallel ({format_bytes(parallel)})" if ratio != "-" else ""),
         ("tokens", format_count(amount(summary, "tokens")), "" if speed is None else f"{format_count(speed)} a second"),
@@ -230,10 +231,9 @@ def _samples(runs: Sequence[Run]) -> str:
     for run in runs:
         for note in run.history.samples[-MOST_SAMPLES:]:
             after = "" if note.round is None else f" after {note.round} rounds"
-            text = escape(note.text[:MOST_CHARACTERS])
-            parts.append(
-                folded(f"{run.label}{after}", f'<pre class="text">{text}</pre>', unfolded=len(runs) <= FEW_RUNS)
-            )
+            text = f'<pre class="text">{escape(note.text[:MOST_CHARACTERS])}</pre>'
+            written = measures.samples(note.table) if note.table else text
+            parts.append(folded(f"{run.label}{after}", written, unfolded=len(runs) <= FEW_RUNS))
     return section("Samples", '<p class="note">What the trained model writes.</p>', *parts) if parts else ""
 
 

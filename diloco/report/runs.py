@@ -48,6 +48,11 @@ class Run:
         """The newest validation loss."""
         return history.number(self.summary, "val_loss")
 
+    @property
+    def has_perplexity(self) -> bool:
+        """Whether the loss is one of which the summary tells the exponential."""
+        return self.summary.get("perplexity", self.val_loss) is not None
+
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """All runs in these directories, each once, with labels that tell them apart. Raises ValueError."""

@@ -195,3 +195,44 @@ def test_names_of_the_package_stay_what_they_are() -> None:
     code += "print(RunConfig(), Result, train.__name__)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.startswith("RunConfig(") and told.endswith("train\n")
+
+
+def aligned(reward: float) -> list[dict[str, object]]:
+    """Two evaluations of an alignment run, and a table of samples."""
+    told = [record for record in records() if record["event"] not in ("evaluation", "sample")]
+    measures = {"eval/kl": 0.0, "eval/reward": 0.1, "eval/length": 9.0, "eval/diversity": 0.9, "eval/refused": 0.0}
+    later = {"eval/kl": 2.0, "eval/reward": reward, "eval/length": 8.0, "eval/diversity": 0.8, "eval/refused": 0.0}
+    rows = [{"prompt": "Say <b>", "before": "no", "reward before": "0.1", "after": HOSTILE, "reward after": "0.9"}]
+    return [
+        *told[:-1],
+        {**evaluation(1.5, 0, -0.1), **measures},
+        {**evaluation(8.0, 2, -reward), **later},
+        {"time_s": 9.0, "event": "sample", "round": 2, "text": "Say no", "table": rows},
+        told[-1],
+    ]
+
+
+def test_what_an_alignment_run_measures(tmp_path: Path) -> None:
+    """Reward over divergence first; what it wrote before and after, side by side; no perplexity of a loss with none."""
+    runs = [
+        write_run(
+            tmp_path / name, aligned(reward), name=name,
+            summed=summary(name, -reward, perplexity=None, reward_before=0.1, reward_after=reward, kl=2.0),
+        )
+        for name, reward in (("mild", 0.5), ("wild", 0.9))
+    ]  # fmt: skip
+    page = report(runs[0])
+    check(page)
+    assert page.index("Measures") < page.index("<h2>Loss") and "reward over divergence" in page
+    assert "2.000 nats from the reference" in page and "perplexity" not in page
+    assert "reward before" in page and "Say &lt;b&gt;" in page and "refused" not in page
+    from diloco.report import measures
+
+    (figure,) = measures.figures(read_runs(runs))
+    assert [panel.title for panel in figure.panels] == [
+        "reward over divergence", "reward", "kl", "length", "diversity"
+    ]  # fmt: skip
+    both = report(*runs)
+    check(both)
+    assert "divergence" in both
+    assert not measures.figures(read_runs([write_run(tmp_path / "plain")]))
