@@ -41,6 +41,7 @@ from diloco.workloads.online import Online
 from diloco.workloads.preference import Preference
 from diloco.workloads.reward_model import RewardModel
 from diloco.workloads.sft import SFT
+from diloco.workloads.unpaired import Unpaired
 
 
 @dataclass(kw_only=True)
@@ -268,7 +269,7 @@ def from_mapping(saved: Mapping[str, Any]) -> RunConfig:
 def _register_own() -> None:
     own: dict[str, dict[str, type]] = {
         "workload": {
-            **{"causal_lm": CausalLM, "sft": SFT, "preference": Preference},
+            **{"causal_lm": CausalLM, "sft": SFT, "preference": Preference, "unpaired": Unpaired},
             **{"reward_model": RewardModel, "online": Online},
         },
         "inner": {"adamw": inners.AdamW, "muon": inners.Muon, "sgd": inners.Sgd},

@@ -43,6 +43,16 @@ def pairs(rows: Iterable[Row], render: Render | None, *, domain_field: str) -> I
         yield _example(row, [_completed(row, "prompt", name, render) for name in ("chosen", "rejected")], domain_field)
 
 
+def labelled(rows: Iterable[Row], render: Render | None, *, domain_field: str) -> Iterator[Example]:
+    """Rows with `prompt`, `completion` and `label`, true or false. Raises ValueError for a row that lacks one."""
+    for row in rows:
+        _need(row, ("prompt", "completion", "label"), "that is true or false")
+        if not isinstance(row.values["label"], bool):
+            raise ValueError(f"{row.place}: label is {row.values['label']!r}, and must be true or false")
+        text = _completed(row, "prompt", "completion", render)
+        yield _example(row, [text], domain_field, json.dumps({"label": row.values["label"]}))
+
+
 def prompts(rows: Iterable[Row], render: Render | None, *, domain_field: str) -> Iterator[Example]:
     """Rows with `prompt`, for completions that are yet to be written."""
     for row in rows:
