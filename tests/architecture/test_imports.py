@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.buffers": {"diloco.messages"},
     "diloco.sums": set(),
     "diloco.merge": {"diloco.buffers", "diloco.messages", "diloco.sums"},
+    "diloco.soup": {"diloco.merge", "diloco.messages", "diloco.outer"},
     "diloco.placing": {"diloco.messages"},
     "diloco.layout": {"diloco.messages", "diloco.placing"},
     "diloco.blocks": {"diloco.messages"},
