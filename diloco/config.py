@@ -116,10 +116,11 @@ class RunConfig:
         self.workload.for_paths(paths)  # raises where it cannot be, as the next does
         if self.workload.num_blocks():
             self.layout.check_depth(self.workload.num_blocks())
-        if self.schedule.moving and self.replica is ReplicaKind.fsdp2:
-            raise ValueError(
-                "replica=fsdp2: what belongs to a path is spread over its workers, and paths move; use ddp"
-            )
+        if self.replica is ReplicaKind.fsdp2:
+            moves = "what belongs to a path is spread over its workers, and paths move"
+            reason = moves if self.schedule.moving else self.workload.needs_whole_model()
+            if reason:
+                raise ValueError(f"replica=fsdp2: {reason}; use ddp")
 
     def workers_by_island(self) -> tuple[int, ...]:
         """How many workers each island has. Raises ValueError where `workers` does not say that."""
@@ -268,19 +269,15 @@ def from_mapping(saved: Mapping[str, Any]) -> RunConfig:
 
 def _register_own() -> None:
     own: dict[str, dict[str, type]] = {
-        "workload": {
-            **{"causal_lm": CausalLM, "sft": SFT, "preference": Preference, "unpaired": Unpaired},
-            **{"reward_model": RewardModel, "online": Online},
-        },
+        "workload": dict[str, type](causal_lm=CausalLM, sft=SFT, preference=Preference, unpaired=Unpaired)
+        | {"reward_model": RewardModel, "online": Online},
         "inner": {"adamw": inners.AdamW, "muon": inners.Muon, "sgd": inners.Sgd},
         "layout": {"whole": Whole, "fragments": Fragments},
         "schedule": {"barrier": schedules.Barrier},
         "merge": {"mean": merges.Mean, "rda": merges.RDA, "slerp": merges.Slerp},
         "outer": {"sgd": outers.Sgd, "nesterov": outers.Nesterov},
-        "codec": {
-            **{"float32": codecs.Float32, "bfloat16": codecs.BFloat16},
-            **{"int8": codecs.Int8, "int4": codecs.Int4, "topk": codecs.TopK},
-        },
+        "codec": dict[str, type](float32=codecs.Float32, bfloat16=codecs.BFloat16, int8=codecs.Int8)
+        | {"int4": codecs.Int4, "topk": codecs.TopK},
         "runtime": {"local": Local, "ray_cluster": RayCluster, "spmd": Spmd},
     }
     for group, nodes in own.items():

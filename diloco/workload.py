@@ -97,6 +97,10 @@ class Workload(ABC):
         """Fields that change what is learned, but not what `evaluate` tells of given weights."""
         return ()
 
+    def needs_whole_model(self) -> str:
+        """Why each worker has to hold all of the model, if so; empty where it may be spread over them."""
+        return ""
+
     def splits(self) -> list[str]:
         """What is evaluated, by path: one for all, or one for each path. Then `evaluate` must tell "tokens" too."""
         return ["validation"]

@@ -171,6 +171,10 @@ class Online(FineTuning):
         """Prompts."""
         return len(batch["rows"])
 
+    def needs_whole_model(self) -> str:
+        """To sample, and to average it."""
+        return "workload=online samples from the model and averages it, which each worker has to hold"
+
     def learning(self) -> Sequence[str]:
         """All but the judge and how answers are sampled."""
         own = ("update", "objective", "settings", "anchor", "anchor_rate", "beta", "gamma", "jeffreys", "completions")

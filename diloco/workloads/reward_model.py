@@ -16,6 +16,7 @@ from diloco.messages import ShardId
 from diloco.tokens import Array
 from diloco.workload import Batch, Corpus
 from diloco.workloads import conversations
+from diloco.workloads.completions import padded
 from diloco.workloads.example_corpus import ExampleCorpus
 from diloco.workloads.fine_tuning import FineTuning, held_out, rows_of
 from diloco.workloads.language import evaluating
@@ -104,11 +105,13 @@ def as_scored(tokenizer: Any, prompt: str, completion: str) -> Array:
 
 def read_scores(model: Any, texts: Sequence[Array]) -> Tensor:
     """float32[texts]: the score of each, with gradients."""
-    lengths = torch.tensor([len(text) for text in texts])
-    tokens = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text)] = torch.from_numpy(text.astype(np.int64))
-    return _scores(model, tokens, lengths)
+    return _scores(model, *_filled(texts))
+
+
+def _filled(texts: Sequence[Array]) -> tuple[Tensor, Tensor]:
+    """int64[texts, longest] and int64[texts]: tokens, filled up on the right, and how many."""
+    batch = padded([(text, np.zeros(len(text), dtype=np.bool_)) for text in texts])
+    return batch["tokens"], torch.tensor([len(text) for text in texts])
 
 
 def _scores(model: Any, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -129,9 +132,5 @@ def _margins(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _pairs(corpus: ExampleCorpus, rows: list[int]) -> Batch:
-    texts = [corpus.text(row, index)[0] for row in rows for index in range(2)]
-    lengths = torch.tensor([len(text) for text in texts]).view(-1, 2)
-    tokens = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
-    for place, text in enumerate(texts):
-        tokens[place, : len(text)] = torch.from_numpy(text.astype(np.int64))
-    return {"tokens": tokens.view(len(rows), 2, -1), "lengths": lengths}
+    tokens, lengths = _filled([corpus.text(row, index)[0] for row in rows for index in range(2)])
+    return {"tokens": tokens.view(len(rows), 2, -1), "lengths": lengths.view(-1, 2)}

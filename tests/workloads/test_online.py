@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from diloco import RunConfig
 from diloco.checkpoint import Checkpoint
 from diloco.codec import Float32
 from diloco.data import Data
@@ -23,7 +24,7 @@ from diloco.layout import Whole
 from diloco.merge import Slerp
 from diloco.messages import IslandId, ShardId, SourceId, State, Task
 from diloco.outer import Sgd
-from diloco.replica import Single
+from diloco.replica import ReplicaKind, Single
 from diloco.workloads.anchor import EmaAnchor
 from diloco.workloads.judges import Answer, check, named, rewards
 from diloco.workloads.language import LanguageModel
@@ -401,6 +402,11 @@ def test_a_reward_model_with_another_chat_template_is_refused(tmp_path: Path) ->
 def test_mistakes(model: str, settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         online(model, **settings)
+
+
+def test_a_model_that_is_spread_over_workers_is_refused(model: str) -> None:
+    with pytest.raises(ValueError, match="replica=fsdp2: workload=online samples from the model.*use ddp"):
+        RunConfig(workload=online(model), replica=ReplicaKind.fsdp2, workers=2)
 
 
 def test_objectives_on_whole_batches_are_refused(tmp_path: Path, model: str) -> None:
