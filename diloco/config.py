@@ -94,6 +94,8 @@ class RunConfig:
                     f" data.batch={self.data.batch}, an island's sequences a step; use a multiple of {parts},"
                     " or fewer workers"
                 )
+            if parts > 1 and (reason := self.workload.needs_whole_batch()):
+                raise ValueError(f"{reason}: use workers=1 and data.accumulation=1")
         if self.replica is ReplicaKind.fsdp2 and isinstance(self.layout, Whole | Fragments):
             derived = isinstance(self.layout, Fragments) or not self.layout.patterns
             self.layout = replace(self.layout, keep_blocks=derived)

@@ -101,6 +101,10 @@ class Workload(ABC):
         """Why each worker has to hold all of the model, if so; empty where it may be spread over them."""
         return ""
 
+    def needs_whole_batch(self) -> str:
+        """Why a batch must not be cut into parts, or shared by workers, if so; empty where it may."""
+        return ""
+
     def splits(self) -> list[str]:
         """What is evaluated, by path: one for all, or one for each path. Then `evaluate` must tell "tokens" too."""
         return ["validation"]

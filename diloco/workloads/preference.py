@@ -55,14 +55,7 @@ class Preference(FineTuning):
             )
 
     def corpus(self, data: Data, *, seed: int, shards: int) -> ExampleCorpus:
-        """Prepare or open the pairs, and the reference's log-probabilities where they are cached.
-
-        Raises ValueError also where a batch is cut into parts, and the objective has to have it whole.
-        """
-        if self._objective().whole_batch and data.accumulation > 1:
-            raise ValueError(
-                f"workload.objective={self.objective} looks at all pairs of a batch together: use data.accumulation=1"
-            )
+        """Prepare or open the pairs, and the reference's log-probabilities where they are cached."""
         corpus = ExampleCorpus(data, self.language(), conversations.pairs, seed=seed, shards=shards)
         if self._uses(Reference.cached):
             corpus.reference = reference.cached(corpus, self.language(), seed=seed)
@@ -82,6 +75,11 @@ class Preference(FineTuning):
     def tokens(self, batch: Batch) -> int:
         """Targets."""
         return int(batch["targets"].sum())
+
+    def needs_whole_batch(self) -> str:
+        """For some objectives."""
+        whole = self._objective().whole_batch
+        return f"workload.objective={self.objective} looks at all pairs of a batch together" if whole else ""
 
     def has_perplexity(self) -> bool:
         """No."""

@@ -45,11 +45,8 @@ class Unpaired(FineTuning):
 
     def corpus(self, data: Data, *, seed: int, shards: int) -> ExampleCorpus:
         """Prepare or open the rows. Raises ValueError also where a batch has no neighbours to be measured against."""
-        if data.accumulation > 1 or data.batch < 2:
-            raise ValueError(
-                f"data.batch={data.batch} data.accumulation={data.accumulation}: a completion is measured against"
-                " others of its batch: use data.accumulation=1 and a batch of at least 2"
-            )
+        if data.batch < 2:
+            raise ValueError(f"data.batch={data.batch}: a completion is measured against others of its batch; use 2")
         return ExampleCorpus(data, self.language(), conversations.labelled, seed=seed, shards=shards)
 
     def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
@@ -70,6 +67,10 @@ class Unpaired(FineTuning):
     def weight(self, batch: Batch) -> int:
         """Completions."""
         return len(batch["tokens"])
+
+    def needs_whole_batch(self) -> str:
+        """For the point of reference."""
+        return "workload=unpaired measures a completion against all others of its batch"
 
     def has_perplexity(self) -> bool:
         """No."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from diloco import RunConfig
 from diloco.data import Data
 from diloco.inner import AdamW
 from diloco.messages import ShardId
@@ -180,5 +181,6 @@ def test_other_mistakes(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=told):
             Preference(**settings)
-    with pytest.raises(ValueError, match=r"looks at all pairs of a batch together: use data\.accumulation=1"):
-        Preference(objective="aot").corpus(pairs(tmp_path, accumulation=2), seed=0, shards=1)
+    for given in ({"data": pairs(tmp_path, accumulation=2)}, {"workers": 2}):
+        with pytest.raises(ValueError, match=r"all pairs of a batch together: use workers=1 and data\.accumulation=1"):
+            RunConfig(workload=Preference(objective="aot"), **given)  # type: ignore[arg-type]

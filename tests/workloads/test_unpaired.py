@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from diloco import RunConfig
 from diloco.inner import AdamW
 from diloco.messages import ShardId
 from diloco.workloads.language import LanguageModel
@@ -120,6 +121,8 @@ def test_mistakes(tmp_path: Path, model: str) -> None:
         Unpaired(model="micro")
     with pytest.raises(ValueError, match="beta=0"):
         Unpaired(model=model, beta=0)
-    for settings in ({"batch": 1}, {"accumulation": 2}):
-        with pytest.raises(ValueError, match="is measured against others of its batch"):
-            Unpaired(model=model).corpus(data(tmp_path, rows(), **settings), seed=0, shards=1)
+    with pytest.raises(ValueError, match="is measured against others of its batch"):
+        Unpaired(model=model).corpus(data(tmp_path, rows(), batch=1), seed=0, shards=1)
+    for given in ({"data": data(tmp_path, rows(), accumulation=2)}, {"workers": 2}):
+        with pytest.raises(ValueError, match="against all others of its batch: use workers=1 and data.accumulation=1"):
+            RunConfig(workload=Unpaired(model=model), **given)  # type: ignore[arg-type]
