@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +31,7 @@ from diloco.runtime.local import Local
 from diloco.sources import Document
 from diloco.workload import Workload
 from diloco.workloads.causal_lm import CausalLM
+from experiments.benchmarks.common import environment
 from experiments.benchmarks.kinds import KINDS
 from experiments.benchmarks.lab import PRETRAIN_SEED, Lab
 
@@ -48,18 +50,22 @@ class Size:
     batch: int = 8  # prompts a step and island
     eval_sequences: int = 256
     completion_tokens: int = 24
+    paragraphs: int | None = None  # at most; None = all there are
 
 
 FULL = Size()
-QUICK = Size(pretrain_steps=2, pretrain_batch=2, steps=4, batch=2, eval_sequences=4, completion_tokens=4)
+QUICK = Size(
+    pretrain_steps=2, pretrain_batch=2, steps=4, batch=2, eval_sequences=4, completion_tokens=4, paragraphs=600
+)
 
 
-def prose(folder: Path) -> Path:
-    """JSON lines with text, prompt and completion of each distinct paragraph, made in `folder` unless it is there."""
-    path = folder / "prose.jsonl"
+def prose(folder: Path, most: int | None) -> Path:
+    """JSON lines with text, prompt and completion of distinct paragraphs, made in `folder` unless it is there."""
+    path = folder / ("prose.jsonl" if most is None else f"prose_{most}.jsonl")
     if not path.is_file():
         documents = (Document(text, kind) for kind in KIND for text in KINDS[kind]())
-        rows = {f"{row.values['prompt']}{row.values['completion']}": row for row in prompts.rows_of(documents, WORDS)}
+        found = islice(prompts.rows_of(documents, WORDS), most)
+        rows = {f"{row.values['prompt']}{row.values['completion']}": row for row in found}
         lines = [json.dumps({"text": text, **row.values}) for text, row in rows.items()]
         random.Random(0).shuffle(lines)
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +80,7 @@ class Policies:
 
     def __init__(self, lab: Lab, size: Size) -> None:
         self.lab, self.size = lab, size
-        self.file = prose(lab.folder)
+        self.file = prose(lab.folder, size.paragraphs)
 
     def start(self, seed: int) -> Path:
         """The export of this seed's pre-trained policy, trained now unless it was."""
@@ -192,6 +198,7 @@ def conclude(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
     print(f"\n{text}\n")
     for name, told in judged.items():
         print(f"{'holds' if told['holds'] else 'FAILS'}: {name}: {told['per_seed']}")

@@ -4,7 +4,7 @@
 
 All see as many prompts: one worker takes four times the steps; data parallel four times the batch (and is reckoned to
 send a gradient on each step); four islands exchange after every ten steps. The judge is a lexicon of sentiment.
-`reward_at`: where the divergence from the start is the smallest that any of the seed's methods ends with.
+`reward_at`: where the divergence from the start is the smaller one of those that islands and data parallel end with.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures, curves[name] = trained(policies, row, seed)
             found[name].append(figures)
             print(f"  seed {seed}  {name:24} {figures}", flush=True)
-        least = min(found[name][-1]["kl"] for name in ROWS)
+        least = min(found[name][-1]["kl"] for name in (DILOCO, PARALLEL))
         for name in ROWS:
             found[name][-1] |= {"at_kl": least, "reward_at": align.reward_at(curves[name], least)}
     by_seed = range(len(seeds))
