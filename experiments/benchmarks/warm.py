@@ -2,10 +2,11 @@
 
     python -m experiments.benchmarks.warm [--seeds 0,1,2] [--quick] [--to DIR]
 
-Pairs are two answers of the pre-trained policy, labelled by a lexicon of sentiment: the control. Six reward models from
-one start, with other orders of the data, rates and dropout, are averaged (arXiv:2401.12187). Accuracy, with right
-labels: on the pairs they learned from, `in_domain` on other prompts of that documentation, and `out_of_domain` on
-prompts from the documentation of Python. `best_of_n`: what the control says of the best of 16 answers by each.
+Pairs are two answers of the pre-trained policy, labelled by their share of lower-case letters: the control (what a
+lexicon of sentiment says, these models do not learn from so few). Six reward models from one start, with other orders
+of the data, rates and dropout, are averaged (arXiv:2401.12187). Accuracy, with right labels: on the pairs they learned
+from, `in_domain` on other prompts of that documentation, and `out_of_domain` on prompts from the documentation of
+Python. `best_of_n`: what the control says of the best of 16 answers by each.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from diloco.replica import Single
 from diloco.tokens import Array
 from diloco.workloads import rollouts
 from diloco.workloads.generation import key_of
-from diloco.workloads.judges import sentiment
+from diloco.workloads.judges import Answer
 from diloco.workloads.online import Online
 from diloco.workloads.reward_model import RewardModel, as_scored, read_scores
 from experiments.benchmarks import align
@@ -40,7 +41,12 @@ from experiments.soups import Kitchen
 
 MEMBERS = [(lr, dropout) for lr in (3e-4, 6e-4, 1e-3) for dropout in (0.05, 0.1)]
 FLIPPED, N, STEPS = 0.25, 16, 150
-PROMPTS = {"train": 1000, "in_domain": 400, "out_of_domain": 400, "best_of_n": 48}
+PROMPTS = {"train": 1500, "in_domain": 400, "out_of_domain": 400, "best_of_n": 48}
+
+
+def control(answers: Sequence[Answer]) -> list[float]:
+    """The share of lower-case letters: words, rather than numbers, names and signs."""
+    return [sum(map(str.islower, answer.completion)) / max(1, len(answer.completion)) for answer in answers]
 
 
 class Pairs:
@@ -60,7 +66,7 @@ class Pairs:
             "out_of_domain": (foreign, foreign.assignment[0][: prompts["out_of_domain"]].tolist()),
         }
         self.rows = {
-            name: [row for _, row in answered(model, corpus, some, sentiment, workload, completions=2, seed=seed)]
+            name: [row for _, row in answered(model, corpus, some, control, workload, completions=2, seed=seed)]
             for name, (corpus, some) in chosen.items()
         }
         last = rows[second : second + prompts["best_of_n"]]
@@ -71,7 +77,7 @@ class Pairs:
 
     def flipped(self, folder: Path) -> Path:
         """The training pairs with some labels wrong, in a file."""
-        path = folder / f"flipped_{self._seed}_{len(self.rows['train'])}.jsonl"
+        path = folder / f"flipped_lower_{self._seed}_{len(self.rows['train'])}.jsonl"
         if not path.is_file():
             chance = random.Random(self._seed)
             lines = []
@@ -100,7 +106,7 @@ class Pairs:
         """Accuracies, and what the control says of the answers that these scores choose."""
         found = {name: float((given[:, 0] > given[:, 1]).float().mean()) for name, given in scores.items()}
         best = [own[place] for own, place in zip(self.written.answers, ranked.argmax(dim=1).tolist(), strict=True)]
-        return {**found, "best_of_n": fmean(sentiment(best))}
+        return {**found, "best_of_n": fmean(control(best))}
 
 
 def _scores(model: torch.nn.Module, texts: Sequence[Array]) -> Tensor:
