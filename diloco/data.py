@@ -115,7 +115,7 @@ class Data:
         if not isinstance(source, Files | Hub):
             raise ValueError(
                 f"data.corpus={self.corpus} has documents, and this workload needs rows of prompts: give data.files "
-                "(.jsonl, .json or .parquet) or data.hub, or set data.prompt_words=8 to cut prompts from documents"
+                "(.jsonl, .json, .parquet) or data.hub; data.prompt_words=8 cuts prompts and completions from documents"
             )
         return source.rows()
 

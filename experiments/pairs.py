@@ -32,7 +32,11 @@ def make(arguments: argparse.Namespace) -> int:
     """
     to: Path = arguments.to
     if to.exists() or to.suffix != ".jsonl":
-        raise ValueError(f"--to {to}: give a new file that ends in .jsonl")
+        raise ValueError(f"--to {to}{' exists' if to.exists() else ''}: give a new file that ends in .jsonl")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--to {to} cannot be made ({error.strerror}): give another place") from error
     if arguments.completions < 2:
         raise ValueError(f"--completions {arguments.completions}: at least 2 are compared")
     if not 0 < arguments.keep <= 1:
@@ -47,8 +51,7 @@ def make(arguments: argparse.Namespace) -> int:
     pairs.sort(key=lambda pair: -pair[0])
     kept = pairs[: math.ceil(len(pairs) * arguments.keep)]
     if not kept:
-        raise ValueError("no prompt has answers of different rewards: give more --completions")
-    to.parent.mkdir(parents=True, exist_ok=True)
+        raise ValueError("no prompt has answers of different rewards that are numbers: more --completions?")
     to.write_text("".join(json.dumps(row) + "\n" for _, row in kept), encoding="utf-8")
     print(f"{to}: {len(kept)} pairs of {len(rows)} prompts; {len(rows) - len(pairs)} had answers that are equally good")
     return FINISHED

@@ -34,7 +34,10 @@ def cook(arguments: argparse.Namespace) -> int:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--to {folder} is not empty: give a new folder")
     kitchen = Kitchen(arguments.runs, MERGES[arguments.merge], arguments.start)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--to {folder} cannot be made ({error.strerror}): give another folder") from error
     if arguments.points:
         front(kitchen, weights, arguments.points, folder)
         return FINISHED
@@ -70,17 +73,18 @@ class Kitchen:
         self._model: Trained = first
         self._replica: Replica = Single(first.model)
         self.ingredients: dict[str, Tensors] = {labels[0]: self._values(self._replica)}
-        starts = {labels[0]: _start(first.config)}
+        starts = {labels[0]: _begun(first.config)}
         self._measures: dict[str, tuple[RunConfig, Corpus]] = {labels[0]: (first.config, first.corpus)}
         for label, run in zip(labels[1:], runs[1:], strict=True):
-            starts[label] = _start(run_config(run))
-            soup.check_same_start({labels[0]: starts[labels[0]], label: starts[label]})
+            soup.check_same_start({labels[0]: starts[labels[0]], label: _begun(run_config(run))})
             other = trained(run)
             self.ingredients[label] = self._values(Single(other.model))
             if _measured_by(other.config) not in [_measured_by(known) for known, _ in self._measures.values()]:
                 self._measures[label] = (other.config, other.corpus)
-        self.start = starts[labels[0]]
+        self.start = {name: starts[labels[0]][name] for name in self._replica.shapes()}
         if start is not None:
+            if not start.is_dir():
+                raise ValueError(f"--start {start}: there is no such folder; give a run or an export")
             values = read_values(resume.starting_folder(str(start)))
             missing = [name for name in self.start if name not in values]
             if missing:
@@ -139,14 +143,14 @@ def front(kitchen: Kitchen, weights: Sequence[float], points: int, folder: Path)
     return rows
 
 
-def _start(config: RunConfig) -> Tensors:
-    """What the trainable parameters of a run were before it."""
+def _begun(config: RunConfig) -> Tensors:
+    """What the parameters of a run were before it, those that adapters leave as they are too."""
     model = config.workload.build_model(config.seed)
     replica = Single(model)
     if config.init_from:
         values = read_values(resume.starting_folder(config.init_from))
         replica.install(list(replica.shapes()), values, keep=0.0)
-    return {name: value.detach().clone() for name, value in replica.parameters().items()}
+    return {name: value.detach() for name, value in model.named_parameters()}
 
 
 def _measured_by(config: RunConfig) -> object:
@@ -164,8 +168,10 @@ def _weights(arguments: argparse.Namespace) -> list[float]:
         raise ValueError("--greedy finds the weights itself: leave out --weights and --points")
     if given and arguments.points and count == 2:
         raise ValueError("--points goes from one of two runs to the other: leave out --weights")
-    if not math.isfinite(arguments.eta):
-        raise ValueError(f"--eta {arguments.eta}: it must be a number, 0 = the start, 1 = the soup")
+    if not 0 <= arguments.eta < math.inf:
+        raise ValueError(f"--eta {arguments.eta}: it must be a number, 0 = the start, 1 = the soup, or more")
+    if arguments.points and arguments.eta != 1.0:
+        raise ValueError("--points measures all of the way: leave out --eta")
     if given is None:
         return [1.0] * count
     if len(given) != count:

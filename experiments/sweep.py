@@ -52,7 +52,9 @@ def run_sweep(members: Sequence[Member]) -> int:
     finally:
         if rows:
             _show(directory, columns(members), rows)
-    if members[0].name:
+    if members[0].name and any(
+        row["status"] != "not run" and (directory / str(row["directory"])).is_dir() for row in rows
+    ):
         _report(directory)
     return FINISHED if all(row["status"] == "finished" for row in rows) else FAILED
 
@@ -135,7 +137,9 @@ def table(varying: Sequence[str], rows: Sequence[Row]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    best = min((loss for row in rows if (loss := _number(row, "val_loss")) is not None), default=None)
+    alike = len({row["data_sha256"] for row in rows if row.get("data_sha256")}) <= 1  # else losses say nothing
+    losses = [loss for row in rows if (loss := _number(row, "val_loss")) is not None]
+    best = min(losses, default=None) if alike else None
     shown = Table(box=SIMPLE_HEAD, show_edge=False)
     for name in ("run", *varying, "status", *FIGURES, "reason"):
         shown.add_column(name, justify="left" if name in ("", "status", "reason") else "right")

@@ -565,7 +565,7 @@ def test_rows_of_documents_whose_prompt_is_too_long_are_left_out(tmp_path: Path)
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, own)))
     with pytest.raises(ValueError, match="row 1: its prompt has 100 tokens"):
         SFT().corpus(Data(files=str(tmp_path / "own.jsonl"), **given), seed=0, shards=1)
-    with pytest.raises(ValueError, match="or set data.prompt_words=8 to cut prompts from documents"):
+    with pytest.raises(ValueError, match="data.prompt_words=8 cuts prompts and completions from documents"):
         SFT().corpus(Data(cache=given["cache"], tokenizer="bytes"), seed=0, shards=1)
     with pytest.raises(ValueError, match="data.prompt_words=-1"):
         Data(prompt_words=-1)

@@ -15,6 +15,7 @@ from diloco.data import Data, make_once
 from diloco.dealing import Epochs, deal, spread
 from diloco.examples import FORMAT, Example, ExampleFolder, prepare_examples
 from diloco.tokens import Array
+from diloco.workloads import conversations
 from diloco.workloads.completions import Marked, bins
 from diloco.workloads.conversations import Render
 from diloco.workloads.language import LanguageModel
@@ -145,6 +146,11 @@ def prepared_examples(data: Data, reader: Reader, *, trust_remote_code: bool) ->
         raise ValueError(
             "data.tokenizer=bpe is trained on documents, and these are rows: start from a model that was trained before"
             " (workload.model=RUN/export), whose tokenizer is then used, or use data.tokenizer=bytes"
+        )
+    if data.prompt_words and reader not in (conversations.completions, conversations.prompts):
+        raise ValueError(
+            f"data.prompt_words={data.prompt_words} makes prompts with completions; this workload needs more columns:"
+            " leave it out, and give data.files with rows (diloco pairs makes some)"
         )
     source, recipe = data.source(), data.recipe(trust_remote_code=trust_remote_code)
     about = {"format": FORMAT, "rows": reader.__name__, "length": data.sequence_length, "sources": source.versions()}

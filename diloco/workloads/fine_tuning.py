@@ -18,6 +18,7 @@ from diloco.workload import Corpus, Workload
 from diloco.workloads.example_corpus import ExampleCorpus
 from diloco.workloads.language import EVALUATION_BATCH, LanguageModel, evaluating
 from diloco.workloads.lora import LoRA
+from diloco.workloads.presets import PRESETS
 
 
 @dataclass(kw_only=True)
@@ -86,7 +87,7 @@ class FineTuning(Workload):
     def export(self, model: nn.Module, corpus: Corpus, folder: Path) -> None:
         """Weights, configuration and tokenizer; with LoRA the adapter, and on request the whole model below it."""
         assert isinstance(corpus, ExampleCorpus)
-        whole = self.export_merged
+        whole = self.export_merged or self.model in PRESETS  # whose new weights are nowhere else
         self.lora.export(model, self.language(), corpus.data, corpus.tokenizer_folder, folder, whole=whole)
 
     def sample(self, model: nn.Module, corpus: Corpus, prompt: str, *, tokens: int, seed: int) -> str:

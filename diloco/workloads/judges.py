@@ -75,24 +75,29 @@ def named(judge: str) -> Judge:
     """
     if judge in JUDGES:
         return JUDGES[judge]
-    if Path(judge).is_dir():
+    if judge and Path(judge).is_dir():
         return RewardModelJudge(Path(judge))
-    module, colon, name = judge.partition(":")
+    module, _, name = judge.partition(":")
     remedy = f"give {', '.join(JUDGES)}, a function as package.module:name, or the folder of a reward model"
-    if not colon:
+    if judge.startswith((".", "/", "~")):
+        raise ValueError(f"workload.judge={judge}: there is no such folder: {remedy}")
+    if not module or not name:
         raise ValueError(f"workload.judge={judge} is unknown: {remedy}")
     try:
-        found = vars(importlib.import_module(module))[name]
-    except (ImportError, KeyError) as error:
+        found = vars(importlib.import_module(module)).get(name)
+    except ImportError as error:
         raise ValueError(f"workload.judge={judge} cannot be imported ({error}): {remedy}") from error
     if not callable(found):
-        raise ValueError(f"workload.judge={judge} is not a function: {remedy}")
+        raise ValueError(f"workload.judge={judge}: {module} has no function {name}; {remedy}")
     return found  # type: ignore[no-any-return]
 
 
 def rewards(judge: Judge, answers: Sequence[Answer]) -> list[float]:
-    """What `judge` says of each; not a number where it gave none, and for all where it gave another count."""
-    given = [float(value) for value in judge(answers)]
+    """What `judge` says of each; not a number where it gave none, and for all where it failed or gave another count."""
+    try:
+        given = [float(value) for value in judge(answers)]
+    except Exception:  # the user's own function, perhaps over a network: `refused` tells how often, and a run goes on
+        return [math.nan] * len(answers)
     if len(given) != len(answers):
         return [math.nan] * len(answers)
     return [value if math.isfinite(value) else math.nan for value in given]
@@ -102,9 +107,9 @@ def check(name: str, judge: Judge, answers: Sequence[Answer]) -> None:
     """Try it before training. Raises ValueError where it fails, gives another count, or what is not a number."""
     try:
         given = [float(value) for value in judge(answers)]
-    except ValueError:
-        raise
     except Exception as error:  # whatever the user's own function raises
+        if str(error).startswith("workload.judge="):
+            raise
         raise ValueError(
             f"workload.judge={name} fails ({type(error).__name__}: {error}): it is called with a list of Answer"
             " (prompt, completion, row), and gives a number for each"

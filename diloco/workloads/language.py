@@ -55,6 +55,8 @@ class LanguageModel:
             else:
                 model = self._pretrained(kind, {"dtype": torch.float32, **more})
                 model.config.use_cache = False
+                if not scores and any("SequenceClassification" in name for name in model.config.architectures or []):
+                    raise ValueError(f"workload.model={self.name} is a reward model, and writes nothing: give another")
         assert isinstance(model, nn.Module)
         if scores:
             _begin_scoring(model)
@@ -156,6 +158,13 @@ class LanguageModel:
         """What an Auto class loads from the folder or hub id `name`; ValueError where it cannot."""
         remedy = f"give a preset ({', '.join(PRESETS)}), or a folder that save_pretrained wrote"
         folder = Path(self.name)
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"workload.model={self.name} has an adapter alone: train with workload.export_merged=true and give its"
+                " folder merged, or the model that it was trained on, with init_from=RUN"
+            )
+        if (folder / "config.yaml").is_file() and (folder / "export").is_dir():
+            raise ValueError(f"workload.model={self.name} is a run: give {folder / 'export'}")
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise ValueError(f"workload.model={self.name}: the folder has no config.json: {remedy}")
         if not folder.is_dir() and self.name.startswith((".", "/", "~")):

@@ -87,5 +87,5 @@ class LoRA:
         adapted.save_pretrained(folder)
         language.tokenizer(tokenizer_folder).save_pretrained(folder)
         if whole:
-            (folder / "merged").mkdir()
+            (folder / "merged").mkdir(exist_ok=True)  # of the run that this one goes on with
             language.export(copy.deepcopy(adapted).merge_and_unload(), data, tokenizer_folder, folder / "merged")

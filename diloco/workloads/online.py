@@ -75,7 +75,7 @@ class Online(FineTuning):
                 " RUN/export, or a hub id"
             )
         chosen_objective(self.objective, self.settings)
-        if Path(self.judge).expanduser().is_dir():
+        if self.judge and Path(self.judge).expanduser().is_dir():
             self.judge = str(Path(self.judge).expanduser().absolute())  # workers may start in another folder
         if self.completions < 2:
             raise ValueError(f"workload.completions={self.completions}: at least 2 are compared")
@@ -190,6 +190,7 @@ class Online(FineTuning):
         "kl": from the reference, of a whole answer, in nats, where what could stand at each place of what was written
         is summed up rather than sampled; "length": tokens; "diversity": the share of different pairs of neighbouring
         tokens among all; "refused": the share of answers whose reward is no number.
+        Raises ValueError where that is all of them: nothing can be learned any more.
         """
         self._remember(corpus)
         scores: list[float] = []
@@ -205,8 +206,10 @@ class Online(FineTuning):
                 texts += [text for written in rollouts.completions for text in written]
         pairs = [pair for text in texts for pair in zip(text, text[1:], strict=False)]
         reward = float(torch.tensor(scores).nanmean())
+        if math.isnan(reward):
+            judges.check(self.judge, self._judge(), [answer for answers in rollouts.answers for answer in answers])
         return {
-            "loss": -reward,
+            "loss": 0.0 - reward,
             "reward": reward,
             "kl": divergence / len(texts),
             "length": sum(map(len, texts)) / len(texts),
@@ -227,7 +230,8 @@ class Online(FineTuning):
         for name, rollouts in (("before", before), ("after", after)):
             for told, (answer,) in zip(found, rollouts.answers, strict=True):
                 (reward,) = judges.rewards(self._judge(), [answer])
-                told |= {name: answer.completion, f"reward {name}": f"{reward:.3f}"}
+                text = "".join(c if c.isprintable() else " " for c in answer.completion)
+                told |= {name: text, f"reward {name}": f"{reward:.3f}"}
         return found
 
     def state(self) -> State:

@@ -216,3 +216,12 @@ def test_who_builds_on_what_did_not_finish_is_not_run(capsys: pytest.CaptureFixt
 def csv_rows() -> list[dict[str, str]]:
     with Path("runs/latest/sweep.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_members_that_all_fail_leave_a_table_and_no_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["+experiment=compare", "runtime=local", "data.files=nowhere.txt"]) == 1
+    assert "there is no file" in capsys.readouterr().err
+    assert (tmp_path / "runs" / "latest" / "sweep.csv").is_file()

@@ -208,3 +208,27 @@ def test_pairs_of_the_best_and_the_worst(model: str, tmp_path: Path, capsys: pyt
         assert problem in capsys.readouterr().err
     assert cli.main(["pairs", str(tmp_path / "rm"), "--to", str(tmp_path / "y.jsonl")]) == 2
     assert "has no prompts to answer" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_on_other_models_are_refused(
+    model: str, runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the adapters themselves began alike."""
+    given = data(tmp_path, some_rows())
+    folders = [
+        launch(tmp_path / name, workload=SFT(model=base, lora=LoRA(rank=2)), data=given, **PLAIN).directory
+        for name, base in (("first", model), ("other", str(runs[0] / "export")))
+    ]
+    assert soup(*folders, "--to", tmp_path / "no") == 2
+    assert "were not trained from one start" in (error := capsys.readouterr().err) and "base_layer" in error
+
+
+def test_models_that_cannot_be_started_from(model: str, runs: list[Path], tmp_path: Path) -> None:
+    reward = launch(tmp_path / "rm", workload=RewardModel(model=model), data=data(tmp_path, some_pairs()), **PLAIN)
+    for name, problem in (
+        (str(reward.directory / "export"), "is a reward model, and writes nothing"),
+        (str(runs[0]), f"is a run: give {runs[0] / 'export'}"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            LanguageModel.named(name, trust_remote_code=False).build(0)

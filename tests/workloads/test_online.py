@@ -44,9 +44,11 @@ def common_letters(answers: Sequence[Answer]) -> list[float]:
 
 
 def broken(answers: Sequence[Answer]) -> list[float]:
-    """One reward too few, but not while it is tried."""
+    """One reward too few where there are many answers; with more still, none at all."""
     found = common_letters(answers)
-    return found if len(answers) <= 2 else found[1:]
+    if len(answers) > 16:
+        raise OSError("no connection")
+    return found if len(answers) < 16 else found[1:]
 
 
 def half_nan(answers: Sequence[Answer]) -> list[float]:
@@ -58,6 +60,11 @@ def half_nan(answers: Sequence[Answer]) -> list[float]:
 def always_nan(answers: Sequence[Answer]) -> list[float]:
     """No number at all."""
     return [math.nan for _ in answers]
+
+
+def refuses(answers: Sequence[Answer]) -> list[float]:
+    """Has an error of its own."""
+    raise ValueError("mine")
 
 
 def fails(answers: Sequence[Answer]) -> list[float]:
@@ -312,7 +319,11 @@ def test_a_judge_sees_the_prompt_the_text_and_the_row(tmp_path: Path, model: str
     [
         ("nonsense", "workload.judge=nonsense is unknown: give sentiment, brevity"),
         ("no.such:judge", r"cannot be imported \(No module named 'no'\)"),
-        ("math:pi", "is not a function"),
+        ("math:pi", "math has no function pi"),
+        ("math:nothere", "math has no function nothere"),
+        ("", "workload.judge= is unknown"),
+        ("/nowhere", "there is no such folder"),
+        (f"{HERE}:refuses", r"fails \(ValueError: mine\)"),
         ("math:floor", r"fails \(TypeError.*it is called with a list of Answer"),
         (f"{HERE}:always_nan", "gives nan: rewards must be finite numbers"),
         (f"{HERE}:fails", r"fails \(TypeError"),
@@ -337,14 +348,23 @@ def test_in_the_middle_of_a_run_what_a_judge_spoils_is_counted(tmp_path: Path, m
     """And nothing is learned from it, but from the rest."""
     given: dict[str, Any] = {"data": prompts(tmp_path), "islands": 1, "inner_steps": 2, "rounds": 1}
     told = {}
-    for judge in ("broken", "half_nan"):
-        workload = online(model, judge=f"{HERE}:{judge}", update=Update.reinforce, completions=4)
-        run = launch(tmp_path / judge, workload=workload, **given)
-        told[judge] = (records(run.directory, "segment")[-1], run)
-    assert told["broken"][0]["inner/refused"] == 1.0 and told["broken"][0]["inner/loss"] == 0
-    assert told["half_nan"][0]["inner/refused"] == 0.5 and told["half_nan"][0]["inner/grad_norm"] > 0
-    summary = json.loads((told["broken"][1].directory / "summary.json").read_text())
-    assert summary["reward_after"] is None and summary["status"] == "finished"
+    for judge, completions in (("broken", 4), ("broken", 5), ("half_nan", 4)):
+        workload = online(model, judge=f"{HERE}:{judge}", update=Update.reinforce, completions=completions)
+        run = launch(tmp_path / f"{judge}{completions}", workload=workload, **given)
+        told[judge, completions] = records(run.directory, "segment")[-1]
+        assert run.summary["status"] == "finished" and run.summary["reward_after"] is not None
+    for completions in (4, 5):
+        assert told["broken", completions]["inner/refused"] == 1.0 and told["broken", completions]["inner/loss"] == 0
+    assert told["half_nan", 4]["inner/refused"] == 0.5 and told["half_nan", 4]["inner/grad_norm"] > 0
+
+
+def test_a_judge_of_which_nothing_can_be_learned_ends_the_run(tmp_path: Path, model: str) -> None:
+    """It refuses all held-out answers: the run would go on for nothing."""
+    workload = online(model)
+    corpus = workload.corpus(prompts(tmp_path), seed=0, shards=1)
+    workload.__dict__["_judged_by"] = always_nan
+    with pytest.raises(ValueError, match="common_letters gives nan: rewards must be finite numbers"):
+        workload.evaluate(workload.build_model(0), corpus, "validation")
 
 
 def test_names_of_judges() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 from diloco.workloads.objectives import OBJECTIVES, Objective
 
@@ -12,7 +13,7 @@ def chosen_objective(name: str, settings: Mapping[str, object]) -> Objective:
     known = OBJECTIVES.get(name)
     if known is None:
         raise ValueError(f"workload.objective={name} is unknown: choose {', '.join(OBJECTIVES)}")
-    names = sorted(known.__dataclass_fields__)
+    names = sorted(field.name for field in fields(known))
     unknown = sorted(set(settings) - set(names))
     if unknown:
         raise ValueError(
