@@ -2,8 +2,9 @@
 
     python -m experiments.benchmarks.soup_front [--seeds 0,1,2] [--quick] [--to DIR]
 
-REINFORCE from one policy on sentiment, on brevity, and on (1 - w) sentiment + w brevity for w = .25, .5, .75, each on
-as many prompts; the soups of the two experts with the same weights (arXiv:2306.04488).
+REINFORCE from one policy on sentiment, on brevity (scaled, so that both have as much to give), and on (1 - w) sentiment
++ w brevity for w = .25, .5, .75, each on as many prompts; soups of the two experts (arXiv:2306.04488). Of the front the
+point counts that is best by the mixed reward, which a user would choose.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ from experiments.benchmarks.align import Policies
 from experiments.benchmarks.lab import opened, options
 from experiments.soups import Kitchen
 
+HERE = "experiments.benchmarks.soup_front"  # also where this is the main module
 SHARES = (0.25, 0.5, 0.75)
+SOUPS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+SCALE = 0.2  # of brevity
+
+
+def brief(answers: Sequence[Answer]) -> list[float]:
+    """What a short answer is worth here."""
+    return [SCALE * reward for reward in brevity(answers)]
 
 
 def _mixed(share: float) -> Callable[[Sequence[Answer]], list[float]]:
     def judge(answers: Sequence[Answer]) -> list[float]:
-        pairs = zip(sentiment(answers), brevity(answers), strict=True)
-        return [(1 - share) * friendly + share * brief for friendly, brief in pairs]
+        pairs = zip(sentiment(answers), brief(answers), strict=True)
+        return [(1 - share) * friendly + share * short for friendly, short in pairs]
 
     return judge
 
@@ -50,8 +59,11 @@ def trained(policies: Policies, seed: int, judge: str) -> Path:
 
 def _gain(found: Mapping[str, Sequence[Mapping[str, float]]], share: float, index: int) -> float:
     """Of the run on a mixed reward over what it began with."""
-    run, before = found[f"run {share:g}"][index], found["before"][index]
-    return (1 - share) * (run["friendly"] - before["friendly"]) + share * (run["brief"] - before["brief"])
+    return _worth(found[f"run {share:g}"][index], share) - _worth(found["before"][index], share)
+
+
+def _worth(row: Mapping[str, float], share: float) -> float:
+    return (1 - share) * row["friendly"] + share * row["brief"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gaps: dict[float, list[float]] = {share: [] for share in SHARES}
     for seed in seeds:
         kitchen = Kitchen(
-            [trained(policies, seed, judge) for judge in ("sentiment", "brevity")], Mean(by=MeanBy.examples)
+            [trained(policies, seed, judge) for judge in ("sentiment", f"{HERE}:brief")], Mean(by=MeanBy.examples)
         )
         names = list(kitchen.ingredients)
 
@@ -71,22 +83,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return {kind: figures[f"{name}/reward"] for kind, name in zip(("friendly", "brief"), names, strict=True)}
 
         measured = {"before": both(kitchen.measure(kitchen.start))}
-        for share in (0.0, *SHARES, 1.0):
+        for share in SOUPS:
             measured[f"soup {share:g}"] = both(kitchen.measure(kitchen.soup([1 - share, share])))
         for share in SHARES:
-            judge = f"experiments.benchmarks.soup_front:mixed_{100 * share:.0f}"
+            judge = f"{HERE}:mixed_{100 * share:.0f}"
             (alone,) = Kitchen([trained(policies, seed, judge)], Mean()).ingredients.values()
             measured[f"run {share:g}"] = both(kitchen.measure(alone))
-            mixed = [
-                (1 - share) * one["friendly"] + share * one["brief"]
-                for one in (measured[f"soup {share:g}"], measured[f"run {share:g}"])
-            ]
-            gaps[share].append(mixed[0] - mixed[1])
+            soups = [_worth(measured[f"soup {s:g}"], share) for s in SOUPS]
+            gaps[share].append(max(soups) - _worth(measured[f"run {share:g}"], share))
         for name, row in measured.items():
             found.setdefault(name, []).append(row)
             print(f"  seed {seed}  {name:10} {row}", flush=True)
     orders = {
-        f"the soup earns at least 95 % of the run's gain, w = {share:g}": [
+        f"the best soup earns at least 95 % of the run's gain, w = {share:g}": [
             gap + 0.05 * _gain(found, share, i) for i, gap in enumerate(gaps[share])
         ]
         for share in SHARES
