@@ -15,7 +15,7 @@ from diloco.report.runs import Run
 # metric of `Workload.evaluate` -> how its axis reads; the others are in metrics.jsonl only
 SHOWN = {
     "reward": "mean reward",
-    "kl": "divergence from the reference (nats)",
+    "kl": "divergence (nats)",
     "accuracy": "pairs told apart",
     "margin": "margin (nats or score)",
     "length": "tokens an answer",
