@@ -40,7 +40,7 @@ def _mixed(share: float) -> Callable[[Sequence[Answer]], list[float]]:
     return judge
 
 
-mixed_25, mixed_50, mixed_75 = map(_mixed, SHARES)  # judges of the runs, by name
+blend_25, blend_50, blend_75 = map(_mixed, SHARES)  # judges of the runs, by name
 
 
 def trained(policies: Policies, seed: int, judge: str) -> Path:
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for share in SOUPS:
             measured[f"soup {share:g}"] = both(kitchen.measure(kitchen.soup([1 - share, share])))
         for share in SHARES:
-            judge = f"{HERE}:mixed_{100 * share:.0f}"
+            judge = f"{HERE}:blend_{100 * share:.0f}"
             (alone,) = Kitchen([trained(policies, seed, judge)], Mean()).ingredients.values()
             measured[f"run {share:g}"] = both(kitchen.measure(alone))
             soups = [_worth(measured[f"soup {s:g}"], share) for s in SOUPS]
