@@ -26,7 +26,7 @@ from experiments.benchmarks.align import Policies
 from experiments.benchmarks.lab import opened, options
 from experiments.soups import Kitchen
 
-ITERATIONS, POLICIES, ETA, WARP_LR = 3, 2, 0.3, 6e-4
+ITERATIONS, POLICIES, ETA, WARP_LR = 3, 2, 0.5, 4e-4
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 GRID = 5  # divergences at which fronts are compared
 
