@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def release() -> None:
 
 
 def marked(mark: str, ray_folder: str) -> list[int]:
-    """Ray's processes with this mark, or that write into the session of its driver: its programs and its workers.
+    """Ray's processes with this mark, or that have logs of its driver's session open: its programs and its workers.
 
     Ray's agents write their title over the start of their environment, where the mark may be.
     """
@@ -49,9 +50,16 @@ def marked(mark: str, ray_folder: str) -> list[int]:
             command = (folder / "cmdline").read_bytes()
             if command.startswith(b"ray::") or f"{ray_folder}/".encode() in command:
                 environment = (folder / "environ").read_bytes().split(b"\0")
-                if f"{MARK}={mark}".encode() in environment or session in os.readlink(folder / "fd" / "1"):
+                if f"{MARK}={mark}".encode() in environment or any(session in path for path in _open_files(folder)):
                     found.append(int(folder.name))
     return found
+
+
+def _open_files(folder: Path) -> Iterator[str]:
+    """What a process has open; its output may be a pipe that leads to a log."""
+    for link in (folder / "fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            yield os.readlink(link)
 
 
 def main(mark: str, ray_folder: str) -> None:

@@ -17,6 +17,7 @@ import pytest
 from diloco import RunConfig
 from diloco.config import to_yaml
 from diloco.metrics import Metrics
+from diloco.runtime import reaper
 from diloco.runtime.ray_cluster import RayCluster
 from tests.toy import Line, WithBatchNorm, records, wait_for
 
@@ -96,3 +97,21 @@ def test_a_run_that_is_broken_off_leaves_no_process(
     while left := [*marked(tmp_path), *(process for process in started if process.is_running())]:
         assert time.monotonic() < deadline_s, left
         time.sleep(0.1)
+
+
+def test_an_agent_without_the_mark_is_known_by_the_log_that_it_has_open(tmp_path: Path) -> None:
+    """Its session's name ends in the driver's process number; what is not Ray's is left alone."""
+    started = []
+    try:
+        for session, title in ((41, "ray::Agent"), (42, "ray::Agent"), (41, "sleep")):
+            logs = tmp_path / f"session_2026-01-01_{session}" / "logs"
+            logs.mkdir(parents=True, exist_ok=True)
+            command = ["bash", "-c", f'exec -a {title} sleep 60 7>"{logs}/agent.log"']
+            started.append(subprocess.Popen(command, env={}))
+        names = {f"/proc/{one.pid}/cmdline" for one in started}
+        wait_for(lambda: all(b"bash" not in Path(name).read_bytes() for name in names))
+        assert reaper.marked("41-of-nobody", "/nowhere") == [started[0].pid]
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
