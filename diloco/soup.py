@@ -21,14 +21,15 @@ def soup(
     LITI of WARP (arXiv:2406.16768, section 3.3), model soups (arXiv:2203.05482), rewarded soups (arXiv:2306.04488).
     New float32 tensors. One ingredient alone is what it is merged to. Ingredients of weight 0 are left out.
     """
+    if eta == 0.0:
+        return {name: value.clone() for name, value in start.items()}
     chosen = [(values, weight) for values, weight in zip(ingredients, weights, strict=True) if weight]
     if len(chosen) == 1 and eta == 1.0:
         return {name: value.clone() for name, value in chosen[0][0].items()}
     deltas = ({name: start[name] - values[name] for name in start} for values, _ in chosen)
     merged = merge.combine(deltas, [weight for _, weight in chosen])
     found = {name: value.clone() for name, value in start.items()}
-    if eta:
-        Sgd(lr=eta).step(found, merged, {})
+    Sgd(lr=eta).step(found, merged, {})
     return found
 
 

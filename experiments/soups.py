@@ -73,15 +73,15 @@ class Kitchen:
         self._model: Trained = first
         self._replica: Replica = Single(first.model)
         self.ingredients: dict[str, Tensors] = {labels[0]: self._values(self._replica)}
-        starts = {labels[0]: _begun(first.config)}
+        begun = _begun(first.config)
         self._measures: dict[str, tuple[RunConfig, Corpus]] = {labels[0]: (first.config, first.corpus)}
         for label, run in zip(labels[1:], runs[1:], strict=True):
-            soup.check_same_start({labels[0]: starts[labels[0]], label: _begun(run_config(run))})
+            soup.check_same_start({labels[0]: begun, label: _begun(run_config(run))})
             other = trained(run)
             self.ingredients[label] = self._values(Single(other.model))
             if _measured_by(other.config) not in [_measured_by(known) for known, _ in self._measures.values()]:
                 self._measures[label] = (other.config, other.corpus)
-        self.start = {name: starts[labels[0]][name] for name in self._replica.shapes()}
+        self.start = {name: begun[name] for name in self._replica.shapes()}
         if start is not None:
             if not start.is_dir():
                 raise ValueError(f"--start {start}: there is no such folder; give a run or an export")

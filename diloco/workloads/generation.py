@@ -36,8 +36,7 @@ def completions(
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    vocabulary = sampling.limits(model.config)[0]
-    end, known = tokenizer.eos_token_id, max(tokenizer.get_vocab().values()) + 1
+    end = tokenizer.eos_token_id
     longest = max(len(prompt) for prompt in prompts)
     inputs = torch.tensor([[end] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -47,7 +46,7 @@ def completions(
         do_sample=False,
         eos_token_id=end,
         pad_token_id=end,
-        suppress_tokens=list(range(known, vocabulary)) or None,
+        suppress_tokens=sampling.without_text(model, tokenizer),
         use_cache=True,
     )
     draws = _Draws(keys, tokens, temperature, start=longest)

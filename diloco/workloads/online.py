@@ -20,7 +20,7 @@ from diloco.workload import Batch, Corpus
 from diloco.workloads import conversations, generation, judges, updates
 from diloco.workloads.anchor import EmaAnchor
 from diloco.workloads.example_corpus import ExampleCorpus
-from diloco.workloads.fine_tuning import FineTuning, held_out, rows_of, unwrapped
+from diloco.workloads.fine_tuning import FineTuning, held_out, nothing_learned, rows_of, unwrapped
 from diloco.workloads.language import evaluating
 from diloco.workloads.objectives.chosen import chosen_objective
 from diloco.workloads.presets import PRESETS
@@ -137,7 +137,7 @@ class Online(FineTuning):
         """
         rows, steps = batch["rows"].tolist(), batch["step"].tolist()
         if not rows:
-            return next(model.parameters()).sum() * 0.0, {}
+            return nothing_learned(model), {}
         rollouts, rewards = self._rolled_out(model, rows, steps)
         policy = rollouts.logps(model)
         with self._held_to(model) as anchor:
@@ -198,7 +198,7 @@ class Online(FineTuning):
         divergence = 0.0
         with evaluating(model):
             for rows in held_out(corpus):
-                rollouts = self._written(model, rows, ["evaluation"] * len(rows), range(1))
+                rollouts = self._answered(model, rows)
                 scores += judges.rewards(self._judge(), [one for answers in rollouts.answers for one in answers])
                 own = rollouts.choices(model)
                 with self.start(model) as before:
@@ -225,8 +225,8 @@ class Online(FineTuning):
         rows = available[spread(len(available), SHOWN)].tolist()
         found: list[dict[str, str]] = [{"prompt": corpus.prompt(row)} for row in rows]
         with self.start(model) as start:
-            before = self._written(start, rows, ["evaluation"] * len(rows), range(1))
-        after = self._written(model, rows, ["evaluation"] * len(rows), range(1))
+            before = self._answered(start, rows)
+        after = self._answered(model, rows)
         for name, rollouts in (("before", before), ("after", after)):
             for told, (answer,) in zip(found, rollouts.answers, strict=True):
                 (reward,) = judges.rewards(self._judge(), [answer])
@@ -253,6 +253,10 @@ class Online(FineTuning):
             rollouts = self._written(model, rows, steps, range(self.completions))
         flat = judges.rewards(self._judge(), [one for answers in rollouts.answers for one in answers])
         return rollouts, torch.tensor(flat).view(len(rows), -1)
+
+    def _answered(self, model: nn.Module, rows: list[int]) -> Rollouts:
+        """One answer of `model` to each row's prompt, with the same random numbers at each evaluation."""
+        return self._written(model, rows, ["evaluation"] * len(rows), range(1))
 
     def _written(self, model: nn.Module, rows: list[int], steps: Any, numbers: range) -> Rollouts:
         """Completions with these numbers of each row's prompt, by `model`, at the row's step."""

@@ -14,7 +14,7 @@ from diloco.messages import ShardId
 from diloco.workload import Batch, Corpus
 from diloco.workloads import conversations, reference
 from diloco.workloads.example_corpus import ExampleCorpus
-from diloco.workloads.fine_tuning import FineTuning, held_out, rows_of
+from diloco.workloads.fine_tuning import FineTuning, held_out, nothing_learned, rows_of
 from diloco.workloads.language import evaluating
 from diloco.workloads.objectives import Objective, PairLogps, implied_rewards
 from diloco.workloads.objectives.chosen import chosen_objective
@@ -69,7 +69,7 @@ class Preference(FineTuning):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The objective's mean over pairs; 0 where there are none."""
         if len(batch["tokens"]) == 0:
-            return next(model.parameters()).sum() * 0.0, {}
+            return nothing_learned(model), {}
         return self._objective()(self._pairs(model, batch)).mean(), {}
 
     def tokens(self, batch: Batch) -> int:

@@ -18,7 +18,7 @@ from diloco.workload import Batch, Corpus
 from diloco.workloads import conversations
 from diloco.workloads.completions import padded
 from diloco.workloads.example_corpus import ExampleCorpus
-from diloco.workloads.fine_tuning import FineTuning, held_out, rows_of
+from diloco.workloads.fine_tuning import FineTuning, held_out, nothing_learned, rows_of
 from diloco.workloads.language import evaluating
 
 
@@ -60,7 +60,7 @@ class RewardModel(FineTuning):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The mean over pairs; 0 where there are none."""
         if len(batch["tokens"]) == 0:
-            return next(model.parameters()).sum() * 0.0, {}
+            return nothing_learned(model), {}
         return -functional.logsigmoid(_margins(model, batch)).mean(), {}
 
     def tokens(self, batch: Batch) -> int:

@@ -18,8 +18,7 @@ def continuation(model: Any, tokenizer: Any, ids: Sequence[int], *, tokens: int)
     It reads as many of the last `ids` as it has positions for, and never writes ids that stand for no text. Random
     numbers are torch's own: see `seeded`. The model should be in eval mode.
     """
-    vocabulary, positions = limits(model.config)
-    end, known = tokenizer.eos_token_id, max(tokenizer.get_vocab().values()) + 1
+    positions, end = limits(model.config)[1], tokenizer.eos_token_id
     if positions is not None:
         tokens = min(tokens, positions - 1)
         ids = ids[-(positions - tokens) :]
@@ -34,10 +33,15 @@ def continuation(model: Any, tokenizer: Any, ids: Sequence[int], *, tokens: int)
             top_k=TOP_K,
             eos_token_id=end,
             pad_token_id=end,
-            suppress_tokens=list(range(known, vocabulary)) or None,
+            suppress_tokens=without_text(model, tokenizer),
             use_cache=True,
         )
     return [int(token) for token in outputs[0, inputs.shape[1] :]]
+
+
+def without_text(model: Any, tokenizer: Any) -> list[int] | None:
+    """Token ids of `model` that stand for no text in `tokenizer`; None where there are none."""
+    return list(range(max(tokenizer.get_vocab().values()) + 1, limits(model.config)[0])) or None
 
 
 def text_after(tokenizer: Any, ids: Sequence[int], new: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from diloco.workload import Batch, Corpus
 from diloco.workloads import conversations
 from diloco.workloads.completions import Marked, padded
 from diloco.workloads.example_corpus import ExampleCorpus
-from diloco.workloads.fine_tuning import FineTuning, held_out, rows_of
+from diloco.workloads.fine_tuning import FineTuning, held_out, nothing_learned, rows_of
 from diloco.workloads.language import evaluating
 from diloco.workloads.objectives import KTO, UnpairedLogps, kl_estimate
 from diloco.workloads.presets import PRESETS
@@ -57,7 +57,7 @@ class Unpaired(FineTuning):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """KTO's mean over completions; 0 where there are none."""
         if len(batch["tokens"]) == 0:
-            return next(model.parameters()).sum() * 0.0, {}
+            return nothing_learned(model), {}
         return self._objective()(self._logps(model, batch)).mean(), {}
 
     def tokens(self, batch: Batch) -> int:
