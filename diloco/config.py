@@ -1,7 +1,4 @@
-"""RunConfig: the objects themselves are the configuration. Every default stands in its own dataclass.
-
-`register` makes a part known by name, for Hydra's command line and for reading a run's `config.yaml` back.
-"""
+"""RunConfig: the objects themselves are the configuration. Every default stands in its own dataclass."""
 
 from __future__ import annotations
 
@@ -29,6 +26,11 @@ from diloco.layout import Fragments, Layout, Whole
 from diloco.merge import Merge
 from diloco.metrics import Metrics
 from diloco.outer import OuterOptimizer
+from diloco.registry import GROUPS as GROUPS
+from diloco.registry import choice_of as choice_of
+from diloco.registry import choices as choices
+from diloco.registry import part as part
+from diloco.registry import register as register
 from diloco.replica import ReplicaKind
 from diloco.runtime.base import Runtime, Store
 from diloco.runtime.local import Local
@@ -159,51 +161,11 @@ class RunConfig:
         return replace(self, workload=self.workload.for_paths(paths), store=store, outer=outer)
 
 
-# group -> choice -> class; what `register` was told
-_PARTS: dict[str, dict[str, type]] = {}
-# config key -> the group its choices come from
-GROUPS = {
-    **{key: key for key in ("workload", "inner", "layout", "schedule", "merge", "outer", "codec", "runtime")},
-    "codec_down": "codec",
-}
 SINGLE = {"data": Data, "store": Store, "checkpoint": Checkpoint, "metrics": Metrics}
 _DEFAULTS = {
     "workload": "causal_lm", "inner": "adamw", "layout": "whole", "schedule": "barrier", "merge": "mean",
     "outer": "nesterov", "codec": "float32", "codec_down": "float32", "runtime": "ray_cluster",
 }  # fmt: skip
-
-
-def register(*, group: str, name: str, node: type) -> None:
-    """Make the dataclass `node` the choice `name` of `group`, as in `codec=mine`.
-
-    Raises ValueError for an unknown group, or a name that another class has.
-    """
-    if group not in set(GROUPS.values()):
-        raise ValueError(f"group={group!r} is unknown; use one of {', '.join(sorted(set(GROUPS.values())))}")
-    taken = _PARTS.setdefault(group, {}).get(name)
-    if taken is not None and (taken.__module__, taken.__qualname__) != (node.__module__, node.__qualname__):
-        raise ValueError(f"{group}={name} is already {taken.__module__}.{taken.__qualname__}; use another name")
-    _PARTS[group][name] = node
-    ConfigStore.instance().store(group=group, name=name, node=node)
-
-
-def choice_of(key: str, part: object) -> str:
-    """The registered name of a part, as `config.yaml` records it."""
-    for name, node in _PARTS[GROUPS[key]].items():
-        if node is type(part):
-            return name
-    known = f"{type(part).__module__}.{type(part).__qualname__}"
-    raise ValueError(f"{known} is not registered; call diloco.config.register(group={GROUPS[key]!r}, ...) for it")
-
-
-def choices(group: str) -> list[str]:
-    """The registered names of a group."""
-    return sorted(_PARTS.get(group, {}))
-
-
-def part(group: str, name: str) -> type:
-    """The registered class `name` of a group."""
-    return _PARTS[group][name]
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
@@ -258,9 +220,9 @@ def from_mapping(saved: Mapping[str, Any]) -> RunConfig:
     parts: dict[str, Any] = {}
     for key, value in saved.items():
         if key in GROUPS:
-            node = _PARTS.get(GROUPS[key], {}).get(chosen[key])
-            if node is None:
+            if chosen[key] not in choices(GROUPS[key]):
                 raise ValueError(f"{key}={chosen[key]} is not registered; --import the module that registers it")
+            node = part(GROUPS[key], chosen[key])
             parts[key] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(node), value))
         elif key in SINGLE:
             parts[key] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SINGLE[key]), value))
@@ -271,15 +233,26 @@ def from_mapping(saved: Mapping[str, Any]) -> RunConfig:
 
 def _register_own() -> None:
     own: dict[str, dict[str, type]] = {
-        "workload": dict[str, type](causal_lm=CausalLM, sft=SFT, preference=Preference, unpaired=Unpaired)
-        | {"reward_model": RewardModel, "online": Online},
+        "workload": {
+            "causal_lm": CausalLM,
+            "sft": SFT,
+            "preference": Preference,
+            "unpaired": Unpaired,
+            "reward_model": RewardModel,
+            "online": Online,
+        },
         "inner": {"adamw": inners.AdamW, "muon": inners.Muon, "sgd": inners.Sgd},
         "layout": {"whole": Whole, "fragments": Fragments},
         "schedule": {"barrier": schedules.Barrier},
         "merge": {"mean": merges.Mean, "rda": merges.RDA, "slerp": merges.Slerp},
         "outer": {"sgd": outers.Sgd, "nesterov": outers.Nesterov},
-        "codec": dict[str, type](float32=codecs.Float32, bfloat16=codecs.BFloat16, int8=codecs.Int8)
-        | {"int4": codecs.Int4, "topk": codecs.TopK},
+        "codec": {
+            "float32": codecs.Float32,
+            "bfloat16": codecs.BFloat16,
+            "int8": codecs.Int8,
+            "int4": codecs.Int4,
+            "topk": codecs.TopK,
+        },
         "runtime": {"local": Local, "ray_cluster": RayCluster, "spmd": Spmd},
     }
     for group, nodes in own.items():

@@ -149,6 +149,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.async_.config": {"diloco.config", "diloco.async_*"},
     "diloco.async_.outer": {"diloco.messages", "diloco.outer", "diloco.sums"},
     "diloco.async_*": {"diloco.outer", "diloco.schedule", "diloco.async_*", *TYPES},
+    "diloco.registry": set(),
     "diloco.config": {"diloco.*", "!diloco.train", "!diloco.async_*"},
     "diloco.train": {"diloco.*", "!diloco.async_*"},
     "diloco": {"diloco.*", "!diloco.async_*"},
@@ -225,7 +226,7 @@ class Library:
 
 LIBRARIES = (
     Library("ray", ("diloco.runtime.ray_*", "experiments.cli", "experiments.doctor", "experiments.benchmarks.*")),
-    Library("hydra", ("experiments*", "*.config")),
+    Library("hydra", ("experiments*", "*.config", "diloco.registry")),
     Library(
         "torch.distributed",
         (
