@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import fsspec
@@ -22,6 +26,7 @@ from diloco.workers import World
 Empty = Callable[[str, Shape, torch.dtype], torch.Tensor]  # name, shape, dtype -> what to read a tensor into
 
 MANIFEST = "manifest.json"
+SEEN_TRIES, SEEN_PAUSE_S = 4, 0.5  # file systems of several nodes may lag
 SHARDED = "state.json"  # of a source that is spread over the workers of an island; see diloco/sharded.py
 
 
@@ -59,6 +64,10 @@ class CheckpointFolder:
 
     def complete(self, name: str, manifest: Mapping[str, Any], files: Mapping[str, str], keep: int) -> str:
         """Write the manifest, rename, and drop all but the `keep` newest. Returns the checkpoint's path."""
+        self._fs.invalidate_cache()  # others have written, too
+        for path in files:
+            if not self._fs.exists(f"{self._path}/{name}.tmp/{path}"):
+                raise FileNotFoundError(f"{path} was written, and is not there: {self.root} must be seen by all nodes")
         whole = {**manifest, "files": dict(files)}
         with self._fs.open(f"{self._path}/{name}.tmp/{MANIFEST}", "w") as out:
             out.write(json.dumps({**whole, "sha256": _json_digest(whole)}, indent=1))
@@ -140,6 +149,36 @@ class CheckpointFolder:
     def _remove(self, path: str) -> None:
         if self._fs.exists(path):
             self._fs.rm(path, recursive=True)
+
+
+@contextmanager
+def probe(folder: str) -> Iterator[str]:
+    """Meanwhile there is a file in `folder` that was not there before: its path. Raises OSError."""
+    fs, path = fsspec.core.url_to_fs(folder)
+    above = [path, *(str(parent) for parent in PurePath(path).parents)]
+    made = [part for part in above if not fs.exists(part)]
+    fs.makedirs(path, exist_ok=True)
+    name = f".probe-{uuid.uuid4().hex}"
+    try:
+        fs.pipe_file(f"{path}/{name}", b"here")
+        yield f"{folder.rstrip('/')}/{name}"
+    finally:
+        with suppress(OSError):
+            fs.rm_file(f"{path}/{name}")
+        for part in made:  # the deepest first
+            with suppress(OSError):
+                fs.rmdir(part)
+
+
+def sees(file: str) -> bool:
+    """Whether this process sees it, perhaps a little later."""
+    fs, path = fsspec.core.url_to_fs(file)
+    for _ in range(SEEN_TRIES):
+        if fs.exists(path):
+            return True
+        time.sleep(SEEN_PAUSE_S)
+        fs.invalidate_cache()
+    return False
 
 
 def write_modules(folder: str, states: Mapping[ModuleKey, State]) -> dict[str, str]:

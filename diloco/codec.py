@@ -69,7 +69,7 @@ class Float32(Codec):
     def encode_difference(self, minuend: Tensors, subtrahend: Tensors) -> Payload:
         """To the same bits, and where all is on the CPU without a copy of the difference."""
         if any(value.device.type != "cpu" for value in subtrahend.values()):
-            return super().encode_difference(minuend, subtrahend)
+            return _pack_difference("float32", minuend, subtrahend, torch.float32)
         payload = _room("float32", subtrahend, torch.float32)
         for name, part in self.view(payload).items():
             torch.sub(minuend[name], subtrahend[name].detach(), out=part)
@@ -94,12 +94,7 @@ class BFloat16(Codec):
 
     def encode_difference(self, minuend: Tensors, subtrahend: Tensors) -> Payload:
         """To the same bits, without the whole difference in memory."""
-        payload = _room("bfloat16", subtrahend, torch.bfloat16)
-        values, begin = _typed(payload.body, torch.bfloat16), 0
-        for piece, rows in Source(subtrahend, minuend, block=1).pieces():
-            values[begin : begin + piece.rows].copy_(rows.view(-1))
-            begin += piece.rows
-        return payload
+        return _pack_difference("bfloat16", minuend, subtrahend, torch.bfloat16)
 
     def decode(self, payload: Payload) -> Tensors:
         """Widens to float32, exactly."""
@@ -231,8 +226,23 @@ def _pack(codec: str, tensors: Tensors, dtype: torch.dtype) -> Payload:
     payload = _room(codec, tensors, dtype)
     parts = torch.split(_typed(payload.body, dtype), [value.numel() for value in tensors.values()])
     for part, value in zip(parts, tensors.values(), strict=True):
-        part.copy_(value.detach().reshape(-1))  # casts, and fetches from the device
+        _fetch(value.detach().reshape(-1), out=part)
     return payload
+
+
+def _pack_difference(codec: str, minuend: Tensors, subtrahend: Tensors, dtype: torch.dtype) -> Payload:
+    """`_pack` of the first minus the second, piece by piece."""
+    payload = _room(codec, subtrahend, dtype)
+    values, begin = _typed(payload.body, dtype), 0
+    for piece, rows in Source(subtrahend, minuend, block=1).pieces():
+        _fetch(rows.view(-1), out=values[begin : begin + piece.rows])
+        begin += piece.rows
+    return payload
+
+
+def _fetch(values: torch.Tensor, *, out: torch.Tensor) -> None:
+    """Copy into `out` on the CPU, cast on the values' device: torch's own copy would cast what it has fetched."""
+    out.copy_(values if values.device.type == "cpu" else values.to(out.dtype))
 
 
 def _unpack(codec: str, payload: Payload, dtype: torch.dtype, *, copy: bool = True) -> Tensors:

@@ -17,6 +17,7 @@ from diloco import codec as codecs
 from diloco import inner as inners
 from diloco import merge as merges
 from diloco import outer as outers
+from diloco import redaction
 from diloco import schedule as schedules
 from diloco.checkpoint import Checkpoint
 from diloco.codec import Codec
@@ -54,6 +55,9 @@ class RunConfig:
     experiment: str = ""  # the named experiment that this came from
     seed: int = 0
     islands: int = 2
+    min_islands: int = 0  # places for so many are enough to start, and with fewer no outer step is taken; 0 = all, any
+    max_islands: int = 0  # as nodes join, up to so many; 0 = `islands`
+    patience: float = 10.0  # how far beyond the usual is waited for an island; 0 = for ever. See diloco/patience.py
     workers: Any = 1  # processes in each island, or a list with one number an island
     replica: ReplicaKind = ReplicaKind.ddp  # how the workers of an island share the model
     inner_steps: int = 50  # H: inner steps a round
@@ -81,9 +85,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         least = {"seed": 0, "islands": 1, "inner_steps": 1, "rounds": 1, "segment_steps": 0, "eval_every": 0}
-        for key, minimum in {**least, "threads_per_worker": 1, "gpus_per_worker": 0}.items():
-            if vars(self)[key] < minimum:
+        least |= {"min_islands": 0, "max_islands": 0, "patience": 0, "threads_per_worker": 1, "gpus_per_worker": 0}
+        for key, minimum in least.items():
+            if not vars(self)[key] >= minimum:
                 raise ValueError(f"{key}={vars(self)[key]} is too small; give at least {minimum}")
+        self._check_range()
         known = [kind.value for kind in ReplicaKind]
         if self.replica not in [*ReplicaKind, *known]:
             raise ValueError(f"replica={self.replica} is unknown; use {' or '.join(known)}")
@@ -102,8 +108,26 @@ class RunConfig:
             derived = isinstance(self.layout, Fragments) or not self.layout.patterns
             self.layout = replace(self.layout, keep_blocks=derived)
         self._check_paths()
+        redaction.check(self)
         if not self.name or "/" in self.name:
             raise ValueError(f"name={self.name!r} becomes part of a folder's name; use letters, digits, - and _")
+
+    def _check_range(self) -> None:
+        """With `max_islands`, that is how many there are to be; those without a place yet are waited for."""
+        if self.max_islands and self.max_islands < self.islands:
+            raise ValueError(f"max_islands={self.max_islands} is less than islands={self.islands}; give at least that")
+        if self.max_islands:
+            self.min_islands = self.min_islands or self.islands
+            self.islands = self.max_islands
+        if self.min_islands > self.islands:
+            raise ValueError(
+                f"min_islands={self.min_islands} is more than islands={self.islands}; give fewer, or max_islands="
+            )
+        if self.min_islands and self.runtime.waits_for_all:
+            raise ValueError(
+                f"min_islands={self.min_islands} needs islands that come and go: use runtime=ray_cluster,"
+                f" and not {choice_of('runtime', self.runtime)}, whose processes wait for each other"
+            )
 
     def _check_paths(self) -> None:
         paths = self.layout.num_paths()
@@ -244,7 +268,7 @@ def _register_own() -> None:
         "inner": {"adamw": inners.AdamW, "muon": inners.Muon, "sgd": inners.Sgd},
         "layout": {"whole": Whole, "fragments": Fragments},
         "schedule": {"barrier": schedules.Barrier},
-        "merge": {"mean": merges.Mean, "rda": merges.RDA, "slerp": merges.Slerp},
+        "merge": {"mean": merges.Mean, "rda": merges.RDA, "slerp": merges.Slerp, "trimmed_mean": merges.TrimmedMean},
         "outer": {"sgd": outers.Sgd, "nesterov": outers.Nesterov},
         "codec": {
             "float32": codecs.Float32,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from diloco import folding, hearing, records, saved_view, tasks
+from diloco import folding, hearing, membership, records, saved_view, tasks
 from diloco.evaluations import Evaluations
 from diloco.events import (
     Command,
@@ -19,8 +19,11 @@ from diloco.events import (
     Finished,
     Interrupted,
     Joined,
+    Leaving,
+    Log,
     Lost,
     Measure,
+    Noticed,
     Push,
     Received,
     Respawn,
@@ -78,37 +81,43 @@ class Coordinator:
                 commands = self._on_received(event)
             case Committed():
                 self._asked -= 1
-                commands = [*records.committed(event, self.run)]
+                commands = [*records.committed(event, self.run), *self._watch.parted(event, self.run)]
             case Saved():
                 commands = self._on_saved(event)
             case Lost():
                 commands = self._on_lost(event)
             case Joined():
                 commands = self._on_joined(event)
+            case Leaving():
+                commands = [*membership.leave(event, self.run)]
+            case Noticed():
+                commands = [Log(record={"round": self.run.round, **event.record})]
             case Interrupted():
                 self._saves.pausing = self._saves.pausing and self.run.round == self.run.rounds
                 if self._draining is Drain.no:
                     self._draining = Drain.tasks
                 commands = []
             case Tick():
-                ready = self._dispatch(self.run.ready(event.now_s))
-                commands = [*ready, *self._watch.stalled(event.now_s, self.run)]
-        return late + commands + self._settle()
+                commands = [*self._dispatch(self.run.ready(event.now_s)), *self._watch.stalled(event.now_s, self.run)]
+        left = [self._on_lost(records.left(i, event.now_s)) for i in membership.departed(self.run, self._pushes)]
+        return late + commands + [command for each in left for command in each] + self._settle()
 
     def wake_s(self) -> float | None:
         """When to be told the time if nothing happens before."""
         if self._stopped or self._draining is not Drain.no:
             return None
         ready_s = [ready_s for ready_s in self.run.gathered.values() if self._now_s < ready_s < math.inf]
-        overdue_s = self._schedule.overdue_s(self.run)
+        overdue_s = None if membership.too_few(self.run) else self._schedule.overdue_s(self.run)
         return min([*ready_s, *([] if overdue_s is None else [overdue_s])], default=None)
 
-    # --- events ---
-
     def _on_started(self, event: Started) -> list[Command]:
+        for island in event.absent:
+            membership.lose(self.run.islands[island], self.run, self._bench, self._pushes)
         self.run.started(event.now_s)
         due = self.run.eval_due(self.run.round) and self.run.counters.evaluated_round < self.run.round
-        return [*(self._evaluations.begin(self.run) if due else []), *self._dispatch(self.run.islands)]
+        evaluation = self._evaluations.begin(self.run) if due else []
+        ended = self._commit_ready(self.run.heard()) if event.absent else []
+        return [*evaluation, *ended, *self._dispatch(self.run.islands)]
 
     def _on_finished(self, event: Finished) -> list[Command]:
         report, task = event.report, event.report.task
@@ -135,8 +144,8 @@ class Coordinator:
 
     def _arrived(self, event: Received) -> list[Command]:
         source = self.run.sources.get(event.turn.source)
-        if source is None or source.attempt != event.attempt:  # its island was given up for lost
-            return [hearing.late(event, self.run)]
+        if source is None or source.attempt != event.attempt or source.has_heard(event.turn):
+            return [hearing.unheard(event, source, self.run)]  # its island was given up for lost, or it comes twice
         noted: list[Command] = [*hearing.heard(event, source, self.run, self._schedule)]
         ready = self._gathered(IslandId(source.source)) if self.run.pool else []
         keys = [verdict.module for verdict in event.verdicts]
@@ -157,8 +166,7 @@ class Coordinator:
         commands: list[Command] = [records.saved(event, self._saves.round)]
         held = self._saves.written(self.run)
         if held is not None:
-            heard = [key for key, module in self.run.modules.items() if module.heard]
-            commands += [held, *self._commit_ready(heard), *self._dispatch(self.run.islands)]
+            commands += [held, *self._commit_ready(self.run.heard()), *self._dispatch(self.run.islands)]
         elif self._draining is Drain.save and self._saves.pausing:
             self._draining, self._saves.pausing = Drain.no, False
             commands += self._dispatch(self.run.islands)
@@ -174,11 +182,7 @@ class Coordinator:
             return []
         self.run.counters.islands_lost += 1
         self._queue(island, -island.queued)
-        island.alive, island.holds, island.trains = False, {}, None
-        sources = self._bench.lost(event.island) if self._bench else [self.run.sources[island.source]]
-        for source in sources:
-            self._pushes.forget(source.source)
-            self.run.lose(source)
+        sources = membership.lose(island, self.run, self._bench, self._pushes)
         if self._bench or self.run.pool:
             again = self._dispatch(self.run.islands)
         else:
@@ -186,13 +190,11 @@ class Coordinator:
         return [records.lost(event, self.run.round), Respawn(island=event.island), *again]
 
     def _on_joined(self, event: Joined) -> list[Command]:
-        self.run.counters.islands_joined += 1
-        island = self.run.islands[event.island]
-        island.alive = True
-        source = self.run.sources[island.source]
+        source = membership.join(event.island, self.run)
         if self._bench or self.run.pool:
             free = [event.island] if self._bench else self._gathered(event.island)
-            return [records.joined(event, self.run.round), *self._dispatch(free)]
+            held = self._commit_ready(self.run.heard())  # if there were too few islands
+            return [records.joined(event, self.run.round), *held, *self._dispatch(free)]
         keys = list(self.run.path_of(source).values())
         source.round = source.began = 1 + max(self.run.modules[key].round for key in keys)
         return [records.joined(event, self.run.round), *self._go_on(keys, [event.island])]
@@ -217,8 +219,8 @@ class Coordinator:
         return self._commit_ready([key for key, m in self.run.modules.items() if m.awaited or m.arrivals])
 
     def _commit_ready(self, touched: list[ModuleKey]) -> list[Command]:
-        if self._saves.held is not None:
-            return []  # the store is to stay as it is until it was saved
+        if self._saves.held is not None or membership.too_few(self.run):
+            return []  # the store is to stay as it is: until it was saved, or enough islands are there
         return self._commit(self._schedule.commits(self.run, touched, self._now_s))
 
     def _commit(self, commits: list[Commit]) -> list[Command]:
@@ -256,7 +258,7 @@ class Coordinator:
             return commands
         for island in islands:
             view = self.run.islands[island]
-            while view.alive and view.queued < QUEUE_DEPTH:
+            while view.alive and view.queued < QUEUE_DEPTH and not membership.begins_nothing(view, self.run):
                 task = (self._bench or self._schedule).next_task(view, self.run, self._now_s)
                 if isinstance(task, Wait | NoMore):
                     self._waiting.add(island, task.keys if isinstance(task, Wait) else frozenset())
@@ -287,8 +289,7 @@ class Coordinator:
             return [Stop(status="finished")]
         if self._draining is Drain.tasks:
             self._draining = Drain.export
-            asked = tasks.exports(self.run)
-            for task in asked:
+            for task in (asked := tasks.exports(self.run)):
                 self._queue(self.run.islands[task.island], 1)
             if asked:
                 return [Run(task=task, wants={}) for task in asked]

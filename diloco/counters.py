@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from diloco.messages import Report
+from diloco.messages import Reason, Report
 
 
 @dataclass(kw_only=True)
@@ -16,10 +16,13 @@ class Counters:
     outer_steps: int = 0
     accepted: int = 0
     rejected: int = 0
+    rejected_by_reason: dict[str, int] = field(default_factory=dict)  # of those that there were
     late: int = 0
     stale: int = 0
     islands_lost: int = 0
     islands_joined: int = 0
+    recoveries: int = 0  # returns to a checkpoint, since the store or the driver was lost
+    rounds_again: int = 0  # rounds that were committed and then lost with it
     bytes_up: int = 0
     bytes_down: int = 0
     bytes_inside: int = 0  # between the workers of islands
@@ -45,6 +48,11 @@ class Counters:
         self.bytes_down += report.bytes_down
         self.bytes_inside += report.bytes_inside
         self.bytes_sent += report.bytes_up + report.bytes_down + (report.bytes_inside if lone else 0)
+
+    def reject(self, reason: Reason) -> None:
+        """A contribution is bad."""
+        self.rejected += 1
+        self.rejected_by_reason[reason.value] = 1 + self.rejected_by_reason.get(reason.value, 0)
 
     def minus(self, ahead: Counters) -> Counters:
         """As they were before the tasks that are counted in `ahead`."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diloco.fleet import Fleet, Record, amount, number, plain_table
-from diloco.formats import format_bytes, format_count, format_duration, format_loss, format_perplexity
+from diloco.formats import format_bytes, format_count, format_duration, format_loss, format_perplexity, format_reasons
+from diloco.redaction import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -27,7 +28,7 @@ OTHER_LINES = 10  # of the drawing: all but the islands' rows
 class Display:
     """Progress on standard output: drawn on a terminal, else a line for each commit, evaluation and warning.
 
-    The lines go to `log.txt` in `folder` in both cases.
+    The lines go to `log.txt` in `folder` in both cases, each after the time, the round and the newest version.
     """
 
     def __init__(self, folder: Path, *, rounds: int, live: bool = True, console: Console | None = None) -> None:
@@ -41,7 +42,7 @@ class Display:
         self._live: Live | None = None
         self._log = (folder / "log.txt").open("a", encoding="utf-8", errors="replace")
         self._rounds = rounds
-        self._round = 0
+        self._round, self._version = 0, 0
         self._now = (0.0, time.monotonic())  # the newest record's time_s, and when it came
         self._start = (0, 0.0)  # round, time_s
         self._commits: deque[tuple[int, float, float]] = deque(maxlen=PACE_ROUNDS)  # round, time_s, tokens
@@ -127,10 +128,12 @@ class Display:
                 live.stop()
 
     def _say(self, text: str, *, show: bool = True) -> None:
+        text = redacted(text)
         # Not even a full disk, a reader that went away, or a signal's handler that says something while
         # something is being said (a RuntimeError) may stop a run.
         with suppress(OSError, RuntimeError):
-            self._log.write(text + "\n")
+            clock = time.strftime("%Y-%m-%d %H:%M:%S")
+            self._log.write(f"{clock} round {self._round} version {self._version}: {text}\n")
             self._log.flush()
         with suppress(OSError, RuntimeError):
             if show and self._console is not None:
@@ -141,7 +144,7 @@ class Display:
 
     def _committed(self, record: Record) -> None:
         self._sent_bytes = amount(record, "total/bytes_sent")
-        done = int(amount(record, "round"))
+        done, self._version = int(amount(record, "round")), int(amount(record, "outer/version"))
         # Without a barrier a commit names the round that is being made, and `total/rounds` those that are over.
         done = min(done, int(amount(record, "total/rounds"))) if "total/rounds" in record else done
         if amount(record, "fragment") + 1 < amount(record, "fragments") or done == self._round:
@@ -265,6 +268,8 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
         more = f"{sent / parallel:.3g} times more than" if sent > parallel else f"{parallel / sent:.3g} times less than"
         more = "as much as" if sent == parallel else more
         rows.append(("", f"{more} data parallel would have sent ({format_bytes(parallel)})"))
+    if rejected := format_reasons(summary.get("rejected_by_reason")):
+        rows.append(("rejected contributions", rejected))
     paths = {"run directory": "run_directory", "checkpoint": "checkpoint", "exported model": "export"}
     return rows + [(name, str(summary[key])) for name, key in paths.items() if summary.get(key)]
 

@@ -14,9 +14,10 @@ from diloco.messages import Commit, CommitStats, Fold, IslandId, ModuleKey, Repo
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """The store is filled and the islands are ready."""
+    """The store is filled and the islands are ready, but for those that are `absent`."""
 
     now_s: float
+    absent: frozenset[IslandId] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,22 @@ class Joined:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Leaving:
+    """An island's node has announced that it goes away: the island is to end its round, and gets no other."""
+
+    now_s: float
+    island: IslandId
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noticed:
+    """Something to be logged that the runtime has found out."""
+
+    now_s: float
+    record: Mapping[str, object]  # a line of metrics.jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
 class Interrupted:
     """The user wants the run to stop in a way that it can be resumed."""
 
@@ -86,7 +103,9 @@ class Tick:
     now_s: float
 
 
-Event: TypeAlias = Started | Finished | Received | Committed | Saved | Lost | Joined | Interrupted | Tick
+Event: TypeAlias = (
+    Started | Finished | Received | Committed | Saved | Lost | Joined | Leaving | Noticed | Interrupted | Tick
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from diloco import pretrained
 from diloco.tokens import Array, TokenFolder, held_out
 from diloco.vocabulary import Recipe, make_encoder, parallel_tokenizers
 
@@ -153,7 +154,7 @@ def _encoded(
     """Each row with tokens and targets of its texts."""
     from transformers import AutoTokenizer  # heavy
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer: Any = pretrained.load(AutoTokenizer, tokenizer_folder)
     iterator = iter(examples)
     while chunk := list(islice(iterator, ROWS_AT_ONCE)):
         pieces = [piece for example in chunk for text in example.texts for piece in text]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 
 def format_bytes(nbytes: float) -> str:
@@ -32,6 +33,12 @@ def format_duration(seconds: float | None) -> str:
 def format_loss(loss: float | None) -> str:
     """To three places."""
     return "-" if loss is None else f"{loss:.3f}"
+
+
+def format_reasons(counts: object) -> str:
+    """How many of each, as `rejected_by_reason` in summary.json has them: 3 not finite, 1 zombie. Empty without any."""
+    found = counts if isinstance(counts, Mapping) else {}
+    return ", ".join(f"{count} {str(reason).replace('_', ' ')}" for reason, count in found.items() if count)
 
 
 def format_perplexity(loss: float | None) -> str:

@@ -27,6 +27,11 @@ class Fsdp2(Replica):
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
+        if world.device.type == "cuda" and dist.get_backend() == "gloo":  # whose all-gather would end the process
+            raise ValueError(
+                "replica=fsdp2: workers that share a GPU cannot gather the model's parts; use gpus_per_worker=1,"
+                " or replica=ddp"
+            )
         self._mesh = DeviceMesh(world.device.type, list(range(world.size)))
         for name, module in checked(model).named_modules():
             if name and block_of(f"{name}.weight") == name:

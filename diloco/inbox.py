@@ -101,7 +101,8 @@ class Inbox:
                     "header": contribution.payload.header.decode(),
                 }
             )
-        verdicts = [[v.source, v.round, v.finite, v.shape_ok, v.norm, v.attempt] for v in self._verdicts.values()]
+        told = ("source", "round", "finite", "shape_ok", "norm", "attempt", "version_ok")
+        verdicts = [{name: vars(verdict)[name] for name in told} for verdict in self._verdicts.values()]
         folded = [[round_, source, share] for (round_, source), share in self._shares.items()]
         return State(tensors=tensors, meta={"inbox": inbox, "verdicts": verdicts, "folded": folded})
 
@@ -122,10 +123,8 @@ class Inbox:
                 attempt=entry["attempt"],
                 payload=payload,
             )
-        for source, round_, finite, shape_ok, norm, attempt in meta["verdicts"]:
-            inbox._verdicts[round_, source] = Verdict(
-                module=key, source=source, round=round_, finite=finite, shape_ok=shape_ok, norm=norm, attempt=attempt
-            )
+        for told in meta["verdicts"]:
+            inbox._verdicts[told["round"], told["source"]] = Verdict(module=key, **told)
         inbox._sum = {name.removeprefix("sum/"): t for name, t in tensors.items() if name.startswith("sum/")}
         inbox._shares = {(round_, source): share for round_, source, share in meta["folded"]}
         return inbox

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,6 +162,78 @@ class Slerp(Merge):
             match = re.search(self.group, name)
             found.setdefault(match[0] if match else "", {})[name] = value
         return list(found.values())
+
+
+@dataclass(kw_only=True)
+class TrimmedMean(Merge):
+    """The coordinate-wise trimmed mean (Yin et al. 2018, arXiv:1803.01498, Def. 2): some islands may send anything.
+
+    Of each element, the largest `trim` (beta) of the k values and as many of the smallest are left out; the others'
+    mean is taken. trim * k is rounded up, so that it holds out against a share `trim` of bad islands also after some
+    were lost. Where that would leave nothing, one value is left of an odd number and two of an even one: the median. Of
+    two contributions it is so the mean, and one stays what it is: neither protects against anything.
+
+    Before, a contribution longer than `clip` times the median length is shortened to that; 0 = none is.
+
+    Weights do not count, as in the paper: nobody gains by claiming many examples. Needs all deltas at once, in float32,
+    and beside them a few thousand values of each.
+    """
+
+    trim: float = 0.2  # at each end, as a share of the contributions
+    clip: float = 3.0  # lengths are those of what a module holds
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.trim < 0.5:
+            raise ValueError(
+                f"merge.trim={self.trim} is outside [0, 0.5): the share of the contributions left out at each end;"
+                " 0 leaves out none, 0.49 takes the median"
+            )
+        if not (self.clip == 0 or 1 <= self.clip < math.inf):
+            raise ValueError(
+                f"merge.clip={self.clip} is neither 0 (nothing is shortened) nor at least 1: so many times the median"
+                " length a contribution may be long"
+            )
+
+    def left_out(self, count: int) -> int:
+        """How many of `count` values are left out at each end."""
+        return max(min(math.ceil(self.trim * count - 1e-9), (count - 1) // 2), 0)
+
+    def combine(self, deltas: Iterable[Tensors], weights: Sequence[float]) -> Tensors:
+        """The merged delta; raises ValueError where deltas and weights differ in number or none is given."""
+        given = [delta for delta, _ in zip(deltas, weights, strict=True)]
+        _total([1.0] * len(given))
+        factors, cut = self._factors(given), self.left_out(len(given))
+        merged = buffers.like(given[0])
+        for name, into in merged.items():
+            pieces = [torch.split(delta[name].reshape(-1), sums.PIECE) for delta in given]
+            for index, out in enumerate(torch.split(into.view(-1), sums.PIECE)):
+                rows = [each[index].to(torch.float32) for each in pieces]
+                _inner_mean([row if f == 1 else row * f for row, f in zip(rows, factors, strict=True)], cut, out)
+        return merged
+
+    def _factors(self, given: Sequence[Tensors]) -> list[float]:
+        """By what each is multiplied, so that none is too long. A zero has no length to compare with."""
+        if not self.clip:
+            return [1.0] * len(given)
+        lengths = [math.hypot(*(sums.norm(value) for value in delta.values())) for delta in given]
+        most = self.clip * statistics.median([length for length in lengths if length > 0] or [0.0])
+        return [most / length if length > most else 1.0 for length in lengths]
+
+
+def _inner_mean(rows: list[torch.Tensor], cut: int, out: torch.Tensor) -> None:
+    """The mean of all but the `cut` largest and smallest of each element. Writes `out`; rows are float32[n], as it is.
+
+    The largest goes to the end by exchanges of neighbours, and the smallest to the beginning: for few left out this is
+    several times faster than sorting.
+    """
+    for done in range(cut):
+        last = len(rows) - 1 - done
+        for i in [*range(done, last), *reversed(range(done, last - 1))]:
+            rows[i], rows[i + 1] = torch.minimum(rows[i], rows[i + 1]), torch.maximum(rows[i], rows[i + 1])
+    kept = rows[cut : len(rows) - cut]
+    torch.mul(kept[0], 1 / len(kept), out=out)
+    for row in kept[1:]:
+        out.add_(row, alpha=1 / len(kept))
 
 
 def _turn(vector: Tensors, towards: Tensors, share: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any, NewType, TypeAlias
 
 import numpy as np
@@ -162,6 +163,17 @@ class Report:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+class Reason(Enum):
+    """Why a contribution is rejected: the first three are found by the store, the others by the coordinator."""
+
+    shape = "shape"  # wrong names or shapes, or bytes that cannot be decoded
+    version = "version"  # made from a version that the module never had
+    not_finite = "not_finite"
+    norm = "norm"  # absurdly large beside those that counted before
+    duplicate = "duplicate"  # of this source, round and attempt one was heard already, and counts
+    zombie = "zombie"  # of an attempt that was given up together with its island
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What the shard that holds a module found in one contribution to it."""
@@ -173,11 +185,21 @@ class Verdict:
     shape_ok: bool
     norm: float  # L2 norm of the decoded contribution
     attempt: int = 0
+    version_ok: bool = True
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why this part of the contribution may not count, if it may not."""
+        if not self.shape_ok:
+            return Reason.shape
+        if not self.version_ok:
+            return Reason.version
+        return None if self.finite else Reason.not_finite
 
     @property
     def good(self) -> bool:
-        """Whether this part of the contribution may count."""
-        return self.finite and self.shape_ok
+        """Whether it may count."""
+        return self.reason is None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,12 @@ A record has `event` and most often `round`; `island` where it has one; and metr
 Events: start, segment (an island finished a task; its bytes are that task's), commit (`round` counts the
 rounds done, without a barrier also the one that is being made; `total/` is the whole run's; `outer/alive` and
 `outer/participating` count islands, `outer/weight` is the share of all examples that is behind the step), stale (a
-contribution was refused), evaluation, checkpoint, warning, late, lost, joined, sample (what the trained model
-writes), end. `defaults` of a start: those of the configuration's keys that differ from them. `clock_s` is the
+contribution was refused), evaluation, checkpoint, warning, late, lost, joined, process (on Ray, one of the run's),
+sample (what the trained model writes), end. A start has the time of day, `unix_s`, and `defaults`: those of the
+configuration's keys that differ from them. `clock_s` is the
 runtime's clock, virtual in runtime local, and `clock_seconds` what a task took by it.
-Where there are several paths, a start has their modules and `routing`, and an evaluation `eval/loss/PATH` and
-`eval/load/PATH`. For each run of `metrics.beside` an evaluation has `beside/LABEL`: its loss after as many inner steps.
+Of several paths a start has their modules and `routing`, an evaluation `eval/loss/PATH` and `eval/load/PATH`. For each
+run of `metrics.beside` an evaluation has `beside/LABEL`: its loss after as many inner steps.
 """
 
 from __future__ import annotations
@@ -30,23 +31,14 @@ from diloco.beside import Beside
 from diloco.display import Display, summary_table
 from diloco.fleet import Record
 from diloco.formats import format_bytes, format_count, format_duration
+from diloco.redaction import redacted
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
 __all__ = [
-    "Display",
-    "Metrics",
-    "MetricsWriter",
-    "Record",
-    "Sink",
-    "WandbMode",
-    "WandbSink",
-    "format_bytes",
-    "format_count",
-    "format_duration",
-    "open_metrics",
-    "summary_table",
+    *("Display", "Metrics", "MetricsWriter", "Record", "Sink", "WandbMode", "WandbSink"),
+    *("format_bytes", "format_count", "format_duration", "open_metrics", "summary_table"),
 ]
 
 
@@ -232,13 +224,14 @@ def open_metrics(
     resume_round: int = 0,
     resume_steps: Mapping[int, int] | None = None,
     earlier_s: float = 0.0,
+    more: Sequence[Sink] = (),
 ) -> tuple[MetricsWriter, Display]:
-    """The writer with the sinks that `settings` ask for, and the display for messages and the summary.
+    """The writer with the sinks that `settings` ask for and `more`, and the display for messages and the summary.
 
     Closing the writer closes all. Where W&B does not start, one warning says so and the run goes on.
     """
     display = Display(folder, rounds=rounds, live=settings.live)
-    sinks: list[Sink] = [display]
+    sinks: list[Sink] = [display, *more]
     problem = ""
     if settings.wandb is not WandbMode.off:
         try:
@@ -280,7 +273,9 @@ def _is_again(line: bytes, steps: Mapping[int, int]) -> bool:
 
 def _json_value(value: object, key: str, bad: dict[str, float]) -> object:
     """`value` as JSON has it; non-finite numbers become None and are noted in `bad` under `key`."""
-    if value is None or isinstance(value, bool | str):
+    if isinstance(value, str):
+        return redacted(value)
+    if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Integral):
         return int(value)

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from diloco.messages import IslandId, ModuleKey, Report, Settled, ShardId, SourceId, Task
+from diloco.messages import IslandId, ModuleKey, Report, Settled, ShardId, SourceId, Task, Turn
 from diloco.pool import Stretch
 
 LEAST_PACE_S = 1e-9  # so that one can divide by it
@@ -56,6 +56,7 @@ class SourceView:
     attempt: int = 0  # how often its work was lost
     work: list[Work] = field(default_factory=list)
     settled: list[Settled] = field(default_factory=list)
+    heard: list[int] = field(default_factory=list)  # its newest that was judged: attempt, round, fragment
     free_s: float = 0.0  # when it is expected to be through with what it was given
     ahead: int = 0  # steps that it was given and has not finished
     taken: int = 0  # steps that it was given in all
@@ -103,6 +104,10 @@ class SourceView:
     def settle(self, settled: Settled) -> None:
         """Remember what became of a contribution, to be told with each task for a while."""
         self.settled = [s for s in self.settled if s.round > settled.round - TOLD_ROUNDS] + [settled]
+
+    def has_heard(self, turn: Turn) -> bool:
+        """Whether its contribution of this turn, or of a later one, was judged: they are so in their order."""
+        return [self.attempt, turn.round, turn.fragment] <= self.heard
 
     @property
     def idle(self) -> bool:

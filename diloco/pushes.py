@@ -23,6 +23,10 @@ class Pushes:
         """Handed to the store."""
         self._turns.setdefault(turn.source, []).append(turn)
 
+    def under_way(self, source: SourceId) -> bool:
+        """Whether something of that source is not judged yet."""
+        return source in self._turns
+
     def judged(self, event: Received) -> list[Received]:
         """What can be heard now: nothing, if an earlier turn of that source is not judged."""
         turns = self._turns.get(event.turn.source, [])

@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from diloco.events import Committed, Joined, Log, Lost, Received, Saved
-from diloco.messages import CommitStats, Report, SourceId, Task, Verdict
+from diloco.events import Committed, Joined, Leaving, Log, Lost, Received, Saved
+from diloco.messages import CommitStats, ModuleKey, Reason, Report, SourceId, Task
+from diloco.progress import IslandView
 from diloco.views import RunView
+
+WHY = {
+    Reason.shape: "has the wrong names or shapes in module {module}",
+    Reason.version: "is from a version that module {module} never had",
+    Reason.not_finite: "is not finite in module {module}",
+    Reason.norm: "has an absurd norm{detail}",
+    Reason.duplicate: "was heard before and counts once",
+    Reason.zombie: "is of an attempt that was given up with its island",
+}
 
 
 def committed(event: Committed, run: RunView) -> list[Log]:
@@ -111,6 +121,16 @@ def lost(event: Lost, round_: int) -> Log:
     return Log(record={"event": "lost", "round": round_, "island": event.island, "message": event.reason})
 
 
+def leaving(event: Leaving, round_: int) -> Log:
+    """An island's node goes away soon."""
+    return warning(f"the node of island {event.island} is leaving; the island ends its round", round_)
+
+
+def left(island: IslandView, now_s: float) -> Lost:
+    """A leaving island has handed over all that it had."""
+    return Lost(now_s=now_s, island=island.island, reason="its node is leaving; all its work was handed over")
+
+
 def joined(event: Joined, round_: int) -> Log:
     """An island is there."""
     return Log(record={"event": "joined", "round": round_, "island": event.island})
@@ -136,12 +156,12 @@ def stale(event: Received, staleness: int, round_: int) -> Log:
     return Log(record={"event": "stale", "round": round_, **told})
 
 
-def rejected(event: Received, bad: Verdict, round_: int) -> Log:
-    """A contribution of which a part is bad."""
-    why = "is not finite" if bad.shape_ok else "has the wrong names or shapes"
-    turn = event.turn
-    text = f"the contribution of source {turn.source} to round {turn.round} {why} in module {bad.module}"
-    return warning(f"{text}; all of it was rejected", round_)
+def rejected(event: Received, reason: Reason, module: ModuleKey, detail: str, round_: int) -> Log:
+    """A bad contribution; `module`: the part that is, or its first one. None of it counts on any."""
+    turn, why = event.turn, WHY[reason].format(module=module, detail=detail)
+    text = f"a contribution of source {turn.source} to round {turn.round} {why}; all of it was rejected"
+    told = {"source": turn.source, "module": module, "of_round": turn.round, "reason": reason.value}
+    return Log(record={"event": "warning", "round": round_, **told, "message": text})
 
 
 def fresh_state(task: Task, round_: int) -> Log:
@@ -153,6 +173,12 @@ def fresh_state(task: Task, round_: int) -> Log:
 def stalled(seconds: float, awaited: Sequence[SourceId], round_: int) -> Log:
     """Who has not arrived at a barrier."""
     return warning(f"nothing was heard for {seconds:.0f} s; the round waits for the sources {list(awaited)}", round_)
+
+
+def silent(source: SourceId, steps: int, alive: int, round_: int) -> Log:
+    """An island that lives, but does not contribute."""
+    text = f"of {alive} islands alive, source {source} has had no part in the last {steps} outer steps"
+    return warning(text, round_)
 
 
 def warning(message: str, round_: int) -> Log:

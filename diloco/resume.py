@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,10 +15,14 @@ from diloco import config as configuration
 from diloco import rundir, seats
 from diloco.config import RunConfig
 from diloco.messages import Modules
+from diloco.norms import Norms
 from diloco.views import RunView
 from diloco.workload import Corpus
 
-MAY_DIFFER = ("islands", "workers", "rounds", "runtime", "checkpoint", "metrics", "threads_per_worker")
+MAX_TRIES = 3
+TAIL_BYTES = 1 << 20  # of metrics.jsonl that tell what was done last
+ELASTIC = ("min_islands", "max_islands", "patience")
+MAY_DIFFER = ("islands", "workers", "rounds", "runtime", "checkpoint", "metrics", "threads_per_worker", *ELASTIC)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,10 @@ class Start:
     checkpoint: str = ""  # empty = fresh
     manifest: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    earlier_s: float = 0.0  # that the run took before this process
+    recoveries: int = 0  # returns to a checkpoint so far
+    rounds_again: int = 0  # rounds that had been committed, and were lost by them
+    tries: int = 0  # in this process since it last found a newer checkpoint
 
 
 def resolve(config: RunConfig, directory: Path | None) -> Start:
@@ -46,6 +56,42 @@ def resolve(config: RunConfig, directory: Path | None) -> Start:
     if not path.is_dir():
         raise ValueError(f"resume={config.resume} is no directory; give a run's directory, or auto")
     return _resumed(config, path)
+
+
+def again(start: Start, reason: str) -> Start:
+    """Where to go on after the store was lost: the newest complete checkpoint, or the start where there is none.
+
+    Raises RuntimeError where the last few attempts have brought no newer one.
+    """
+    folder = ckpt.CheckpointFolder(checkpoint_root(start.config, start.directory))
+    folder.clean()
+    path, manifest = folder.newest() if folder.names() else ("", None)
+    tries = 1 if path != start.checkpoint else start.tries + 1
+    if tries > MAX_TRIES:
+        raise RuntimeError(f"{reason}; gave up after {MAX_TRIES} attempts without a new checkpoint")
+    round_ = manifest["view"]["round"] if manifest else 0
+    lost = max(_committed(start.directory) - round_, 0)
+    return replace(
+        start,
+        checkpoint=path,
+        manifest=manifest,
+        notes=(*start.notes, f"{reason}; the run goes on from round {round_}, {lost} round(s) before"),
+        recoveries=start.recoveries + 1,
+        rounds_again=start.rounds_again + lost,
+        tries=tries,
+    )
+
+
+def _committed(directory: Path) -> int:
+    """Rounds that metrics.jsonl tells of."""
+    rounds = 0
+    with suppress(OSError), (directory / "metrics.jsonl").open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
+        for line in file:
+            with suppress(ValueError):  # a line that was cut
+                record = json.loads(line)
+                rounds = max(rounds, record.get("total/rounds", 0))
+    return rounds
 
 
 def newest(name: str) -> Path | None:
@@ -93,7 +139,18 @@ def _resumed(config: RunConfig, directory: Path) -> Start:
     notes = tuple(f"passed over a damaged checkpoint: {problem}" for problem in folder.problems)
     if saved.workers != config.workers:
         notes += (f"resumed with workers={config.workers} instead of {saved.workers}: sums have another order",)
-    return Start(config=config, directory=directory, checkpoint=path, manifest=manifest, notes=notes)
+    counters = manifest["view"]["counters"]
+    lost = max(_committed(directory) - manifest["view"]["round"], 0)  # if it was killed
+    return Start(
+        config=config,
+        directory=directory,
+        checkpoint=path,
+        manifest=manifest,
+        notes=notes,
+        earlier_s=manifest["wall_s"],
+        recoveries=counters.get("recoveries", 0) + (lost > 0),
+        rounds_again=counters.get("rounds_again", 0) + lost,
+    )
 
 
 def _as_begun(config: RunConfig, saved: RunConfig) -> RunConfig:
@@ -101,7 +158,7 @@ def _as_begun(config: RunConfig, saved: RunConfig) -> RunConfig:
     if config.layout.num_paths() == saved.layout.num_paths():  # else they differ, which is told with the rest
         config = replace(config, workload=config.workload.for_paths(config.layout.num_paths()))
     if config.store.shards == 0:
-        config = replace(config, store=saved.store)
+        config = replace(config, store=replace(config.store, shards=saved.store.shards))
     if type(config.outer) is type(saved.outer):
         derived = vars(config.outer.resolved(1))  # whatever the number: to see which settings are left open
         kept = {name: vars(saved.outer)[name] for name, value in vars(config.outer).items() if derived[name] != value}
@@ -133,6 +190,9 @@ def starting_view(config: RunConfig, corpus: Corpus, modules: Modules) -> RunVie
         shard_examples=corpus.shard_examples(),
         free=config.schedule.free,
         moving=config.schedule.moving,
+        norms=Norms(mads=config.store.norm_mads),
+        patience=0.0 if config.runtime.waits_for_all else config.patience,
+        min_islands=config.min_islands,
         splits=tuple(config.workload.splits()),
     )
     pooled = config.schedule.free and not config.schedule.moving  # else each source keeps to its own data

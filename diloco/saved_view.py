@@ -40,6 +40,7 @@ def to_json(run: RunView, now_s: float = 0.0) -> dict[str, Any]:
         "sources": [asdict(source) for source in run.sources.values()],
         "modules": {key: _module_json(module) for key, module in run.modules.items()},
         "counters": asdict(run.counters),
+        "norms": {key: list(logs) for key, logs in run.norms.logs.items()},
         "best": {path: asdict(best) for path, best in run.best.items()},
     }
 
@@ -60,6 +61,7 @@ def at_round_end(run: RunView) -> dict[str, Any]:
             before.lose()
         elif source.round == run.round and source.done:
             before.restart(source.start)
+        before.heard = min(before.heard, [before.attempt, run.round])  # what it has sent of the next one comes again
         sources.append(asdict(before))
     modules = {}
     for key, module in run.modules.items():
@@ -72,6 +74,7 @@ def load(run: RunView, saved: Mapping[str, Any]) -> None:
     """Take back what was saved, for the islands that there are now."""
     run.round = saved["round"]
     run.counters = Counters(**saved["counters"])
+    run.norms.logs = {ModuleKey(key): list(logs) for key, logs in saved["norms"].items()}
     run.best = {int(path): BestRound(**best) for path, best in saved["best"].items()}
     run.sources = {}
     for entry in saved["sources"]:

@@ -7,17 +7,15 @@ of what the coordinator knows, and time is an argument.
 from __future__ import annotations
 
 import random
-import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from diloco.messages import Commit, ModuleKey, ShardId, SlotName, SourceId, Task, Turn
+from diloco.patience import HICCUP_S, most_s
 from diloco.progress import Arrivals, IslandView, ModuleView, SourceView
 from diloco.views import RunView
-
-LEAST_ARRIVALS = 3  # of a source, before it is said to be late
 
 
 @dataclass(frozen=True)
@@ -104,17 +102,13 @@ class Barrier(Schedule):
     `drop_probability`: a source's contribution to a round is dropped with this chance; it then neither
     sends nor installs, and keeps its own weights for the next round (section 3.4 of arXiv:2311.08105).
 
-    Late islands: once others were heard, a turn waits for a source as long as its last ones took in the median, and
-    beyond that `late_mads` times their median absolute deviation, but at least `late_floor_s` and at most
-    `late_ceiling_s`. Then it steps without the source. One that is always slow is waited for; one that stalls is not.
+    Late islands: once others were heard, a turn waits for a source no longer than the run's `patience` allows, by how
+    long its last ones took. Then it steps without the source.
     """
 
     lag: int = 0  # inner steps between sending a fragment and installing what became of it
     keep: float = 0.0  # share of the local weights that survives an install
     drop_probability: float = 0.0
-    late_mads: float = 10.0  # 0 = wait for ever
-    late_floor_s: float = 60.0
-    late_ceiling_s: float = 1800.0
 
     def __post_init__(self) -> None:
         if self.lag < 0:
@@ -122,13 +116,6 @@ class Barrier(Schedule):
         for name in ("keep", "drop_probability"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"schedule.{name}={vars(self)[name]} is outside [0, 1]")
-        if self.late_mads < 0:
-            raise ValueError(f"schedule.late_mads={self.late_mads} must not be negative; 0 waits for ever")
-        if not 0 <= self.late_floor_s <= self.late_ceiling_s:
-            raise ValueError(
-                f"schedule.late_floor_s={self.late_floor_s} must be between 0 and"
-                f" schedule.late_ceiling_s={self.late_ceiling_s}"
-            )
 
     def check(self, inner_steps: int, fragments: int, islands: int) -> None:
         """Also, a fragment must be installed before it is sent again."""
@@ -218,27 +205,21 @@ class Barrier(Schedule):
     def _overdue(self, run: RunView, key: ModuleKey, now_s: float) -> bool:
         module = run.modules[key]
         turn = (module.round, run.fragment_of(key))
-        if not module.arrivals or now_s - run.opened_s.get(turn, now_s) < self.late_floor_s:
+        if not module.arrivals or now_s - run.opened_s.get(turn, now_s) < run.patience * HICCUP_S:
             return False  # in most cases; the rest takes time to know
         end_s = self._ends_s(run, turn, module)
         return end_s is not None and now_s >= end_s
 
     def _ends_s(self, run: RunView, turn: tuple[int, int], module: ModuleView) -> float | None:
-        """How long a turn is waited for: for each source as long as its last ones took, and their spread allows.
-
-        None: for ever, since of one too few were seen.
-        """
-        if not self.late_mads or turn not in run.opened_s:
+        """How long a turn is waited for: as long as for the source with the latest deadline; None: for ever."""
+        if turn not in run.opened_s:
             return None
         longest_s = 0.0
         for source in module.awaited:
-            seen = run.arrival_s.get(source, ())
-            if len(seen) < LEAST_ARRIVALS:
+            limit_s = most_s(run.arrival_s.get(source, ()), run.patience)
+            if limit_s is None:
                 return None
-            median = statistics.median(seen)
-            mad = statistics.median(abs(seconds - median) for seconds in seen)
-            more_s = min(max(self.late_mads * mad, self.late_floor_s), self.late_ceiling_s)
-            longest_s = max(longest_s, median + more_s)
+            longest_s = max(longest_s, limit_s)
         return run.opened_s[turn] + longest_s
 
     def _due(self, run: RunView, round_: int, source: SourceView) -> tuple[int, int] | None:

@@ -185,6 +185,7 @@ class ModuleStore:
             shape_ok=shape_ok,
             norm=norm,
             attempt=contribution.attempt,
+            version_ok=0 <= contribution.base_version <= module.snapshot.version,
         )
 
     def _copy(self, values: Tensors) -> tuple[Payload, Tensors]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from diloco.beside import dense_val_loss
 from diloco.counters import Counters
-from diloco.messages import ModuleKey, SlotName
+from diloco.messages import ModuleKey, Reason, SlotName
+from diloco.redaction import redacted_values
 from diloco.runtime.base import Final
 
 
@@ -49,8 +50,11 @@ def outcome(counters: Counters, *, islands: int, parameters: int, wall_s: float)
         "bytes_sent": counters.bytes_sent,
         "bytes_data_parallel": bytes_data_parallel(parameters, counters, islands),
         "contributions": {name: vars(counters)[name] for name in ("accepted", "rejected", "late", "stale")},
+        "rejected_by_reason": {reason.value: counters.rejected_by_reason.get(reason.value, 0) for reason in Reason},
         "islands_lost": counters.islands_lost,
         "islands_joined": counters.islands_joined,
+        "recoveries": counters.recoveries,
+        "rounds_again": counters.rounds_again,
         "waiting_s": round(counters.waiting_s, 3),
         "compute_utilization": round(busy_s / counters.clock_s, 4) if counters.clock_s > 0 else None,
     }
@@ -94,9 +98,9 @@ def digests(final: Final | None) -> dict[str, object]:
 
 
 def write(path: Path, summary: dict[str, object]) -> None:
-    """Write as JSON, whole or not at all; what is not a number, which JSON has not, as null."""
+    """Write as JSON, whole or not at all, without secrets; what is not a number, which JSON has not, as null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
-    write_text(path, json.dumps(finite, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(redacted_values(finite), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

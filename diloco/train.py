@@ -20,11 +20,12 @@ from diloco.coordinator import Coordinator
 from diloco.display import Display
 from diloco.events import Event, Log, Run, Save, Started, Stop
 from diloco.interrupts import interruptible
+from diloco.jobs import make_job
 from diloco.layout import check_blocks
 from diloco.messages import IslandId, Modules, Shape, Written
 from diloco.metrics import MetricsWriter, open_metrics
 from diloco.replica import ReplicaKind
-from diloco.runtime.base import Backend, Final, Job
+from diloco.runtime.base import Backend, Final, StoreLost
 from diloco.views import RunView
 from diloco.workload import Corpus
 
@@ -51,6 +52,16 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
         return Result(summary=dict(told), directory=Path(told["run_directory"]))
     config.metrics.check()
     start = resume.resolve(config, directory)
+    while True:
+        try:
+            return _attempt(start, begun_s)
+        except StoreLost as lost:
+            start = resume.again(start, str(lost))
+            _say(start.notes[-1])
+
+
+def _attempt(start: resume.Start, begun_s: float) -> Result:
+    """From where `start` says to the run's end. Raises StoreLost where another attempt can go on."""
     config = start.config.resolved()
     job = make_job(config)
     init_from = resume.starting_folder(config.init_from) if config.init_from and not start.checkpoint else ""
@@ -58,8 +69,8 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
     corpus = job.corpus()
     if start.manifest is not None and start.manifest["data_sha256"] != corpus.sha256:
         raise ValueError(
-            f"resume={config.resume}: the data is no longer what it was (sha256 {corpus.sha256[:12]} now,"
-            f" {start.manifest['data_sha256'][:12]} then); restore it, or start a run with init_from={config.resume}"
+            f"resume={start.directory}: the data is no longer what it was (sha256 {corpus.sha256[:12]} now,"
+            f" {start.manifest['data_sha256'][:12]} then); restore it, or start a run with init_from={start.directory}"
         )
     _say(f"starting {config.islands} island(s)")
     backend = config.runtime.open(job)
@@ -72,6 +83,7 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
         if start.manifest is not None:
             ckpt.check_layout(start.manifest["layout"], modules, shapes)
         backend.setup(modules)
+        backend.check_folder(resume.checkpoint_root(config, start.directory))
         view = resume.starting_view(config, corpus, modules)
         session = _Session(replace(start, config=config), backend, view, modules, shapes, corpus)
         if start.manifest is None:
@@ -82,30 +94,6 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
         return session.run(begun_s)
     finally:
         backend.close()
-
-
-def make_job(config: RunConfig) -> Job:
-    """What every process of the run gets."""
-    return Job(
-        workload=config.workload,
-        data=config.data,
-        inner=config.inner,
-        merge=config.merge,
-        outer=config.outer,
-        codec=config.codec,
-        codec_down=config.codec_down,
-        seed=config.seed,
-        workers=config.workers_by_island(),
-        replica=config.replica,
-        shards=config.store.shards,
-        total_steps=config.rounds * config.inner_steps,
-        threads_per_worker=config.threads_per_worker,
-        gpus_per_worker=config.gpus_per_worker,
-        imports=tuple(config.imports),
-        schedule=config.schedule,
-        sources=config.num_sources(),
-        moving=config.schedule.moving,
-    )
 
 
 class _Session:
@@ -127,12 +115,15 @@ class _Session:
         self._notes = [*start.notes, *start.config.notes(), *start.config.workload.warnings(corpus)]
         self._parameters = sum(math.prod(shape) for shape in shapes.values())
         self._environment = rundir.environment()
+        view.counters.recoveries, view.counters.rounds_again = start.recoveries, start.rounds_again
         view.best_folder = str(self._directory.absolute() / "best") if self._config.workload.stops_early() else ""
 
     def take_up(self, saved: Mapping[str, Any]) -> None:
         """Go on where a checkpoint left off."""
         before = len(saved["sources"])
+        counters = self._view.counters
         saved_view.load(self._view, saved)
+        self._view.counters.recoveries, self._view.counters.rounds_again = counters.recoveries, counters.rounds_again
         if before != self._config.num_sources():
             self._view.restart_rounds()
             self._notes.append(
@@ -156,10 +147,11 @@ class _Session:
             name=self._config.name,
             rounds=self._config.rounds,
             config=configuration.plain(self._config),
-            resume_bytes=manifest.get("metrics_bytes"),
+            resume_bytes=manifest.get("metrics_bytes", 0 if self._start.tries else None),
             resume_round=self._view.round,
             resume_steps={source.source: source.position for source in ordered},
-            earlier_s=manifest.get("wall_s", 0.0) + time.monotonic() - begun_s,
+            earlier_s=self._start.earlier_s + time.monotonic() - begun_s,
+            more=self._backend.sinks(self._directory.name),
         )
         try:
             stop, final = self._drive(writer, display)
@@ -171,6 +163,8 @@ class _Session:
             _show(display, result, final)
             self._backend.conclude(result.summary)
             return result
+        except StoreLost:
+            raise
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self._conclude(Stop(status=status, reason=f"{type(error).__name__}: {error}"), None, writer.elapsed_s)
@@ -185,11 +179,12 @@ class _Session:
             writer.write({"event": "warning", "round": self._view.round, "message": note})
         defaults = configuration.defaults_of_changed(self._config)
         paths = summary.told_at_start(self._view.paths, self._corpus.describe())
-        begun = {"event": "start", "round": self._view.round, **self._environment, "defaults": defaults, **paths}
+        now = {"round": self._view.round, "unix_s": time.time()}
+        begun = {"event": "start", **now, **self._environment, "defaults": defaults, **paths}
         writer.write(begun)
         stop: Stop | None = None
         counters, start_s = self._view.counters, time.monotonic()
-        event: Event = Started(now_s=self._backend.now_s())
+        event: Event = Started(now_s=self._backend.now_s(), absent=self._backend.absent())
         before_s, clock_before_s = counters.train_s, counters.clock_s - event.now_s
         islands = self._view.islands
         display.watch(lambda: {number: view.queued > 0 for number, view in islands.items() if view.alive})
@@ -209,6 +204,8 @@ class _Session:
                             self._backend.carry_out(command)
                 if stop is None:
                     event = self._backend.next_event(coordinator.wake_s)
+        if stop.status == "interrupted" and self._backend.relocates:
+            raise StoreLost("a node that holds a part of the store is leaving")
         return stop, self._final(self._directory / "export" if stop.status == "finished" else None)
 
     def _final(self, export: Path | None) -> Final:

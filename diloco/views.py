@@ -7,18 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diloco.counters import Counters
-from diloco.messages import (
-    EVALUATOR,
-    Commit,
-    IslandId,
-    ModuleKey,
-    Report,
-    ShardId,
-    SlotName,
-    SourceId,
-    Task,
-    Turn,
-)
+from diloco.messages import EVALUATOR, Commit, IslandId, ModuleKey, Report, ShardId, SlotName, SourceId, Task, Turn
+from diloco.norms import Norms
 from diloco.paces import Paces
 from diloco.pool import Pool, Stretch
 from diloco.progress import BestRound, IslandView, ModuleView, SourceView
@@ -44,13 +34,17 @@ class RunView:
     best: dict[int, BestRound] = field(default_factory=dict)  # by path, where they are
     fragments: tuple[tuple[SlotName, ...], ...] = ()  # slots that are exchanged together; () = all at once
     free: bool = False  # nobody waits for another
+    patience: float = 0.0  # how far beyond the usual is waited for an island; 0 = for ever
+    min_islands: int = 0  # with fewer of them no outer step is taken
     moving: bool = False  # sources go from island to island; what a lost island did not finish is done by another
     pool: Pool | None = None  # where sources run free of each other: the data that they draw from
     gathered: dict[IslandId, float] = field(default_factory=dict)  # handed over and free -> when they may go on
     sources: dict[SourceId, SourceView] = field(default_factory=dict)
     islands: dict[IslandId, IslandView] = field(default_factory=dict)
+    leaving: set[IslandId] = field(default_factory=set)  # their nodes have announced that they go away
     modules: dict[ModuleKey, ModuleView] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    norms: Norms = field(default_factory=Norms)  # of the contributions that counted
     ahead: Counters = field(default_factory=Counters)  # of `counters`: what was finished of rounds after the present
     round: int = 0  # rounds that all modules have committed
     opened_s: dict[tuple[int, int], float] = field(default_factory=dict)  # when (round, fragment) began to be awaited
@@ -95,6 +89,10 @@ class RunView:
     def paths_through(self, key: ModuleKey) -> int:
         """How many paths a module is part of."""
         return len(self._paths_through[key])
+
+    def counts_for_all(self, key: ModuleKey) -> bool:
+        """Whether all sources' contributions are counted with this module."""
+        return key in self._counted and len(self._paths_through[key]) == len(self.paths)
 
     def sources_through(self, key: ModuleKey) -> tuple[SourceId, ...]:
         """All sources whose path a module is part of, in order."""
@@ -149,6 +147,10 @@ class RunView:
         if ready_s > now_s and all(number in self.gathered for number, view in self.islands.items() if view.alive):
             self.gathered = dict.fromkeys(self.gathered, now_s)
         return self.ready(now_s)
+
+    def heard(self) -> list[ModuleKey]:
+        """The modules of whose present round somebody was heard."""
+        return [key for key, module in self.modules.items() if module.heard]
 
     def alive(self) -> int:
         """How many islands there are."""
@@ -257,6 +259,7 @@ class RunView:
         tokens = [self.modules[commit.module].arrivals[key].tokens for commit in counted for key in commit.keys]
         self.counters.accepted += len(tokens)
         self.counters.tokens += sum(tokens)
+        self.norms.remember(counted, self.modules, len(self.sources))
         for commit in commits:
             module = self.modules[commit.module]
             module.version += bool(commit.sources)

@@ -13,6 +13,8 @@ from typing import cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from diloco import pretrained
+
 EOS = "<|endoftext|>"
 FORMAT = 1  # of prepared folders; a higher number makes all cached corpora be prepared again
 MIN_BPE_VOCABULARY = 257  # 256 bytes and EOS
@@ -92,7 +94,9 @@ def _pretrained(recipe: Recipe, folder: Path) -> Encoder:
 
     name = recipe.tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.trust_remote_code)
+        tokenizer = pretrained.load(AutoTokenizer, name, trust_remote_code=recipe.trust_remote_code)
+    except pretrained.NeedsCode as error:
+        raise ValueError(f"data.tokenizer={error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the tokenizer {name!r} cannot be loaded: give data.tokenizer=bpe, bytes, a folder with "

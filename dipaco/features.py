@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, final
 import numpy as np
 import torch
 
+from diloco import pretrained
 from diloco.workloads.language import without_progress_bars
 from dipaco import saved
 from dipaco.saved import Floats
@@ -140,10 +141,10 @@ def check_base(base: str, tokenizer: Path) -> None:
 
     _base_config(base)
     try:
-        own: Any = AutoTokenizer.from_pretrained(base)
+        own: Any = pretrained.load(AutoTokenizer, base)
     except (OSError, ValueError) as error:
         raise ValueError(f"workload.base={base} has no tokenizer: give a folder that diloco export wrote") from error
-    corpus: Any = AutoTokenizer.from_pretrained(tokenizer)
+    corpus: Any = pretrained.load(AutoTokenizer, tokenizer)
     if own.get_vocab() != corpus.get_vocab():
         raise ValueError(
             f"workload.base={base} has another tokenizer than the corpus: set data.tokenizer={base}, or give a base "
@@ -203,7 +204,7 @@ def _base_config(base: str) -> Any:
             f"workload.base={base}: there is no model in this folder: give RUN/export of a finished run, or a folder "
             "that save_pretrained wrote; workload.base= (empty) takes features without a model"
         )
-    return AutoConfig.from_pretrained(base)
+    return pretrained.load(AutoConfig, base)
 
 
 def _base_model(base: str) -> Any:
@@ -212,7 +213,7 @@ def _base_model(base: str) -> Any:
 
     _base_config(base)
     with without_progress_bars():
-        return AutoModel.from_pretrained(base, dtype=torch.float32).eval()
+        return pretrained.load_model(AutoModel, base, settings={"dtype": torch.float32}).eval()
 
 
 def _positions(config: Any) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from diloco import config as configuration
+from diloco import pretrained
 from diloco.workloads.language import without_progress_bars
 from dipaco.corpus import RoutedCorpus
 from dipaco.documents import score
@@ -64,7 +65,7 @@ class Finished:
         from transformers import AutoModelForCausalLM
 
         with without_progress_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(self.export / f"path{path}")
+            model: Any = pretrained.load_model(AutoModelForCausalLM, self.export / f"path{path}")
         assert isinstance(model, nn.Module)
         return model.eval()
 

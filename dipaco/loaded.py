@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diloco import pretrained
 from diloco.workloads.language import without_progress_bars
 from diloco.workloads.sampling import continuation, seeded, text_after
 from dipaco.routing import Routing
@@ -55,7 +56,7 @@ class Loaded:
 
         self.paths = paths
         self._folder, self._routing = folder, routing
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder / "path0")
+        self._tokenizer: Any = pretrained.load(AutoTokenizer, folder / "path0")
         self._models: dict[int, Any] = {}
         self._router: TokenRouter | None = None  # read when it is first needed
 
@@ -145,6 +146,6 @@ class Loaded:
 
         if path not in self._models:
             with without_progress_bars(), torch.random.fork_rng(devices=[]):
-                model: Any = AutoModelForCausalLM.from_pretrained(self._folder / f"path{path}")
+                model: Any = pretrained.load_model(AutoModelForCausalLM, self._folder / f"path{path}")
             self._models[path] = model.eval()
         return self._models[path]

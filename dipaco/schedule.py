@@ -34,7 +34,7 @@ class PathRounds(Schedule):
 
     def __post_init__(self) -> None:
         _check_replicas(self.replicas)
-        self._turns = Barrier(lag=self.lag, keep=self.keep, late_mads=0)  # which nobody is late for
+        self._turns = Barrier(lag=self.lag, keep=self.keep)
 
     def num_sources(self, islands: int, paths: int) -> int:
         """All replicas of all paths."""
@@ -60,14 +60,15 @@ class PathRounds(Schedule):
         return replace(task, save=save, sheds=save and anew)
 
     def commits(self, run: RunView, touched: Sequence[ModuleKey], now_s: float) -> list[Commit]:
-        """For each module that all paths through it were heard of, in order of path."""
+        """For each module that all paths through it were heard of, in order of path. Nobody is ever late."""
+        heard = [key for key in touched if not run.modules[key].awaited]
         return [
             replace(
                 commit,
                 planned=planned_weights(self.planned(run, commit.module), run),
                 scale=math.sqrt(run.paths_through(commit.module)) if self.rescale else 1.0,
             )
-            for commit in self._turns.commits(run, touched, now_s)
+            for commit in self._turns.commits(run, heard, now_s)
         ]
 
     def planned(self, run: RunView, key: ModuleKey) -> tuple[SourceId, ...]:

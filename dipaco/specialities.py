@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from diloco import pretrained
 from diloco.tokens import TokenFolder
 from dipaco.features import HiddenFeatures
 from dipaco.routing import Table, texts
@@ -31,7 +32,7 @@ def specialities(
     """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder.tokenizer, trust_remote_code=trust_remote_code)
+    tokenizer: Any = pretrained.load(AutoTokenizer, folder.tokenizer, trust_remote_code=trust_remote_code)
     found: list[dict[str, object]] = []
     for path, documents in enumerate(typical(folder, table, own, seed=seed)):
         shown = [

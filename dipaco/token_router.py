@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diloco import pretrained
 from diloco.workloads.language import evaluating, without_progress_bars
 from diloco.workloads.sampling import limits, seeded
 from dipaco.features import Document
@@ -218,4 +219,4 @@ def _load_body(folder: str) -> Any:
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder}: there is no model in this folder that a token router could read with")
     with without_progress_bars():
-        return AutoModel.from_pretrained(folder, dtype=torch.float32)
+        return pretrained.load_model(AutoModel, folder, settings={"dtype": torch.float32})

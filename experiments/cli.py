@@ -20,6 +20,7 @@ COMMANDS = {
     "soup": "average models that were trained from one start, or measure the way between them",
     "pairs": "let a trained model answer prompts N times each, and keep the best and the worst as pairs to learn from",
     "route": "how well a run of several paths does when texts change path as they go on; fits a router for that",
+    "chaos": "faults for a run that is going on, drawn from a seed, and a report of what they cost",
     "doctor": "what this machine or cluster can run, and what is missing",
 }
 
@@ -54,10 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from experiments import routing
 
                 return routing.route(arguments)
+            case "chaos":
+                from experiments import chaos
+
+                return chaos.strike(arguments)
             case _:
                 from experiments.doctor import examine
 
-                return examine(quick=arguments.quick)
+                return examine(quick=arguments.quick, gbits=arguments.link, rtt_s=arguments.rtt)
     except ValueError as error:
         return entry.tell(error)
     except KeyboardInterrupt:
@@ -66,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
+    from experiments import chaos
+
     parser = Parser(prog="diloco", description=ABOUT, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     subparsers = {
@@ -97,8 +104,19 @@ def _parser() -> Parser:
     _add_route(subparsers["route"])
     _add_soup(subparsers["soup"])
     _add_pairs(subparsers["pairs"])
-    subparsers["doctor"].add_argument("--quick", action="store_true", help="do not start Ray or ask its cluster")
+    _add_doctor(subparsers["doctor"])
+    chaos.add_options(subparsers["chaos"])
     return parser
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    from experiments import links, planning
+
+    parser.add_argument("--quick", action="store_true", help="do not start Ray or ask its cluster")
+    text = "between islands: 200mbit, 1gbit; default 1gbit where the round trip is known"
+    parser.add_argument("--link", metavar="GBITS", type=planning.gbits, help=text)
+    text = "round trip between islands, such as 80ms; default: measured between the nodes of a cluster (RAY_ADDRESS)"
+    parser.add_argument("--rtt", metavar="TIME", type=links.seconds, help=text)
 
 
 def _add_soup(parser: argparse.ArgumentParser) -> None:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import logging
 import os
 import platform
 import shutil
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
 
-PROBE_LIMIT_S = 90
-CONNECT_LIMIT_S = 5
-PROBE_STORE_BYTES = 100 << 20
+from experiments import links, nodes
+from experiments.links import Buffers
+from experiments.nodes import Node
+
 SOCKET_BYTES = 16 << 20  # 1 Gbit/s over a round trip of 130 ms
 FREE_BYTES = 2 << 30  # a corpus, some checkpoints
 MEMORY_BYTES = 4 << 30  # two islands of a small model
@@ -57,18 +53,30 @@ class Findings:
         return sum(row.state == state for row in self.rows)
 
 
-def examine(*, quick: bool) -> int:
-    """Look at everything and say what was found. Returns 0 where a run is possible, else 1."""
+def examine(*, quick: bool, gbits: float | None = None, rtt_s: float | None = None) -> int:
+    """Look at everything and say what was found. Returns 0 where a run is possible, else 1.
+
+    `gbits` and `rtt_s` are of the link between islands. Raises ValueError where only the former is known.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if gbits is not None and rtt_s is None and (quick or not address):
+        raise ValueError("--link needs the round trip: --rtt 80ms, or RAY_ADDRESS (and no --quick) to measure it")
     findings = Findings()
     check_versions(findings, requirements())
     check_devices(findings)
     check_machine(findings)
     check_disk(findings, {"runs": Path("runs").absolute(), "cache": CACHE})
-    check_sockets(findings, Path("/proc/sys/net/core"))
+    if rtt_s is not None:
+        check_buffers(findings, links.read_buffers(), gbits=gbits or links.ASSUMED_GBITS, rtt_s=rtt_s)
+    elif quick or not address:  # else the round trips will be measured
+        check_sockets(findings, Path("/proc/sys/net/core"))
     for name, use in {"botocore": "data.corpus=botocore", "wandb": "metrics.wandb"}.items():
         _check_extra(findings, name, use)
+    if address:
+        for what, state in (("token", nodes.token_state(os.environ)), ("TLS", nodes.tls_state(os.environ))):
+            findings.add(what, OK if state.good else WARNING, state.found, state.mend)
     if not quick:
-        check_ray(findings, os.environ.get("RAY_ADDRESS", ""))
+        check_cluster(findings, check_ray(findings, address), gbits=gbits, rtt_s=rtt_s)
     missing, warnings = findings.count(MISSING), findings.count(WARNING)
     if missing:
         print(f"\nno run is possible yet: {missing} missing")
@@ -115,7 +123,7 @@ def check_devices(findings: Findings) -> None:
         text = ", ".join(f"{device.name} ({device.total_memory >> 30} GiB)" for device in devices)
         findings.add("CUDA", OK, f"{text}; use gpus_per_worker=1")
     elif shutil.which("nvidia-smi") and not torch.version.cuda:
-        mend = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
+        mend = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
         findings.add("CUDA", WARNING, "there is a driver, but this torch is built for the CPU only", mend)
     else:
         findings.add("CUDA", OK, "no device; runs train on the CPU")
@@ -172,72 +180,60 @@ def check_sockets(findings: Findings, folder: Path) -> None:
         findings.add("TCP buffers", OK, "16 MiB or more")
 
 
-def check_ray(findings: Findings, address: str) -> None:
-    """Start Ray here, or ask the cluster at `address`, in a process of its own with a time limit."""
+def check_ray(findings: Findings, address: str) -> list[Node]:
+    """Start Ray here, or ask the cluster at `address`, whose nodes come back."""
     where, mend = "Ray on this machine", "runtime=local needs no Ray"
     if address:
         where = f"the cluster at RAY_ADDRESS={address}"
-        mend = "start the cluster (ray start --head --port=6379), or unset RAY_ADDRESS"
-        if not listens(address):
+        mend = "start the cluster (docker/node.sh head), or unset RAY_ADDRESS"
+        if not nodes.listens(address):
             findings.add("Ray", MISSING, f"{where} cannot be reached", mend)
-            return
-    command = [sys.executable, "-c", "import sys; from experiments.doctor import probe; probe(sys.argv[1])", address]
+            return []
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        findings.add("Ray", MISSING, f"{where} does not answer within {PROBE_LIMIT_S} s", mend)
-        return
-    try:
-        nodes = json.loads(answer.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        said = answer.stderr.strip().splitlines() or ["nothing was said"]
-        findings.add("Ray", MISSING, f"{where} does not run an actor: {said[-1]}", mend)
-        return
-    findings.add("Ray", OK, f"{where} runs actors; {len(nodes)} node(s)")
-    for node in nodes:
-        parts = [f"{node['CPU']:g} CPU", f"{node['GPU']:g} GPU", _gib(int(node["memory"]))]
-        findings.add("  node", OK, f"{node['address']}: {', '.join(parts)}")
+        found = nodes.ask(address)
+    except nodes.NoAnswer as error:
+        findings.add("Ray", MISSING, f"{where} {error}", mend)
+        return []
+    findings.add("Ray", OK, f"{where} runs actors; {len(found)} node(s)")
+    for node in found:
+        parts = [f"{node.cpus:g} CPU", f"{node.gpus:g} GPU", _gib(node.memory)]
+        text, again = f"{node.address}: {', '.join(parts)}", "look at its Ray's logs, or at the firewall"
+        findings.add("  node", WARNING if node.silent else OK, text + ", does not answer" * node.silent, again)
+    return found if address else []
 
 
-def listens(address: str) -> bool:
-    """Whether anyone answers at host:port; True for addresses of another form."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        return True
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_LIMIT_S).close()
-    except OSError:
-        return False
-    return True
+def check_cluster(findings: Findings, found: list[Node], *, gbits: float | None, rtt_s: float | None) -> None:
+    """What the nodes have of the project, how far they are from each other, and whether their buffers suit that."""
+    versions = {node.address: node.project for node in found if not node.silent}
+    here = nodes.own_version()
+    differing = [f"{address} has {version or 'none'}" for address, version in versions.items() if version != here]
+    mend = "install the same version on all nodes: pip install ."
+    if differing:
+        findings.add("project", MISSING, f"here is {here}, but {'; '.join(differing)}", mend)
+    elif versions:
+        findings.add("project", OK, f"{here} on all nodes")
+    trips = {(node.address, other): took_s for node in found for other, took_s in node.rtt_s.items()}
+    if trips:
+        (first, second), most_s = max(trips.items(), key=lambda trip: trip[1])
+        least, most = (f"{trip_s * 1e3:.3g}" for trip_s in (min(trips.values()), most_s))
+        findings.add("round trip", OK, f"{least} to {most} ms between nodes; {first} to {second} is the most")
+        rtt_s = rtt_s if rtt_s is not None else most_s
+    if rtt_s is not None:
+        for node in found:
+            check_buffers(findings, node.buffers, gbits=gbits or links.ASSUMED_GBITS, rtt_s=rtt_s, at=node.address)
 
 
-def probe(address: str) -> None:
-    """Run an actor and print the nodes as JSON. Called in another process by `check_ray`."""
-    import ray
-
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        ray.init(
-            address="local",
-            object_store_memory=PROBE_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    echo: Any = ray.remote(_Echo).options(num_cpus=0).remote()
-    assert ray.get(echo.say.remote()) == "here"
-    list_nodes: Any = ray.nodes
-    nodes = [node for node in list_nodes() if node["Alive"]]
-    amounts = [{name: node["Resources"].get(name, 0) for name in ("CPU", "GPU", "memory")} for node in nodes]
-    addresses = [node["NodeManagerAddress"] for node in nodes]
-    ray.shutdown()
-    print(json.dumps([{"address": where, **amount} for where, amount in zip(addresses, amounts, strict=True)]))
-
-
-class _Echo:
-    def say(self) -> str:
-        return "here"
+def check_buffers(findings: Findings, buffers: Buffers, *, gbits: float, rtt_s: float, at: str = "") -> None:
+    """Whether one stream can fill a link of this bandwidth and round trip from a machine with these buffers."""
+    wanted = links.wanted_bytes(gbits, rtt_s)
+    small = links.too_small(buffers, wanted)
+    link, node = links.told(gbits, rtt_s), f"{at}: " if at else ""
+    if small:
+        sizes = ", ".join(f"{name} = {numbers[-1] / (1 << 20):.3g} MiB" for name, numbers in small.items())
+        text = f"{node}{sizes}: {link} wants {wanted / (1 << 20):.3g} MiB"
+        findings.add("TCP buffers", WARNING, text, f"{links.sysctl(small, wanted)}  (to keep it: /etc/sysctl.d)")
+    elif buffers:
+        findings.add("TCP buffers", OK, f"{node}enough for {link}")
 
 
 def _check_extra(findings: Findings, name: str, use: str) -> None:

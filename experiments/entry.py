@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
 SILENT_S = 10.0  # for a launcher to end this process, once rank 0 has said what is wrong
+DIRECTORY_TOLD = "DILOCO_DIRECTORY_TOLD"  # variable of the environment: a file to which a run's directory is written
 STATUS = {"finished": FINISHED, "stopped": STOPPED, "interrupted": INTERRUPTED}
 
 
 def main(argv: Sequence[str], *, program: str = "diloco train") -> int:
     """Run what `argv` asks for and return the exit status: 0, 2, 3 or 130; other errors are raised."""
     arguments = _parser(program).parse_intermixed_args(argv)
+    if arguments.restarts:
+        return _supervise(arguments, argv)
     with _terminated_like_interrupted():
         try:
             return _carry_out(arguments, program)
@@ -36,6 +39,22 @@ def main(argv: Sequence[str], *, program: str = "diloco train") -> int:
             if speaks():
                 print("interrupted", file=sys.stderr)
             return INTERRUPTED
+
+
+def _supervise(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    """--restarts N: in a process of its own, which may be killed."""
+    from experiments import supervisor
+    from experiments.mistakes import Mistake
+
+    if arguments.restarts < 0:
+        return tell(Mistake(f"--restarts {arguments.restarts} is negative; give how often to start a killed run again"))
+    if arguments.multirun or "RANK" in os.environ:
+        who = "a sweep goes on after a failed member" if arguments.multirun else "torchrun has --max-restarts"
+        return tell(Mistake(f"--restarts is for one run on its own: {who}"))
+    at = [i for i, each in enumerate(argv) if each.partition("=")[0] == "--restarts"]
+    dropped = {place for i in at for place in ((i,) if "=" in argv[i] else (i, i + 1))}
+    rest = [each for i, each in enumerate(argv) if i not in dropped]
+    return supervisor.watch(rest, arguments.restarts)
 
 
 def speaks() -> bool:
@@ -75,6 +94,7 @@ def _parser(program: str) -> Parser:
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("--import", dest="imports", action="append", default=[])
     parser.add_argument("--config-dir", default="")
+    parser.add_argument("--restarts", type=int, default=0)
     return parser
 
 
@@ -127,7 +147,7 @@ def _run(config: RunConfig) -> int:
     """One run, in a new directory below runs/ or in that of the run it goes on with."""
     from diloco import resume, rundir
     from diloco.runtime.base import Abandoned
-    from experiments.mistakes import Mistake
+    from experiments.mistakes import Mistake, first_lines
 
     directory = rundir.new_directory(config.name)
     try:
@@ -135,12 +155,14 @@ def _run(config: RunConfig) -> int:
             directory = resume.newest(config.name) or directory
         elif config.resume:
             directory = Path(config.resume).resolve()
+        if told := os.environ.get(DIRECTORY_TOLD):
+            Path(told).write_text(str(directory))
         return STATUS[attempt(config, directory).summary["status"]]
     except Mistake as mistake:
         return tell(mistake)
     except Abandoned as error:
         if str(error):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {first_lines(error)}", file=sys.stderr)
         return FAILED
 
 
@@ -149,16 +171,16 @@ def attempt(config: RunConfig, directory: Path) -> Result:
     from diloco import train
     from experiments.mistakes import Mistake
 
-    before = _concluded_ns(directory)
+    before = concluded_ns(directory)
     try:
         return train(config, directory)
     except ValueError as error:
-        if _concluded_ns(directory) != before:
+        if concluded_ns(directory) != before:
             raise
         raise Mistake(str(error)) from error
 
 
-def _concluded_ns(directory: Path) -> int:
+def concluded_ns(directory: Path) -> int:
     """When a run here last wrote its summary, as every run does that has begun; 0 = never."""
     try:
         return (directory / "summary.json").stat().st_mtime_ns

@@ -19,6 +19,7 @@ from omegaconf.errors import (
 
 from diloco import config as configuration
 from diloco.config import RunConfig
+from diloco.redaction import redacted
 
 KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false", "String": "text"}
 MOST_NAMES = 6  # listed in a message
@@ -192,5 +193,5 @@ def _meant(names: Iterable[str]) -> str:
 
 
 def _lines(error: BaseException) -> list[str]:
-    found = [line.strip() for line in str(error).splitlines() if line.strip()]
+    found = [line.strip() for line in redacted(str(error)).splitlines() if line.strip()]
     return found or [type(error).__name__]

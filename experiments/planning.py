@@ -71,7 +71,7 @@ def _parser(program: str) -> Parser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in +experiment=quickstart islands=4")
     parser.add_argument("--step-s", metavar="S", type=_seconds, help="seconds that an inner step takes")
     parser.add_argument(
-        "--link", metavar="GBITS", type=_gbits, help="of an island, each way: 200mbit, 1gbit; a bare number is Gbit/s"
+        "--link", metavar="GBITS", type=gbits, help="of an island, each way: 200mbit, 1gbit; a bare number is Gbit/s"
     )
     parser.add_argument(
         "--measure",
@@ -94,7 +94,7 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _gbits(text: str) -> float:
+def gbits(text: str) -> float:
     """Gbit/s of `1gbit`, `200mbit` or `0.5`."""
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kmg]bit|)(/s)?", text.strip().lower())
     gbits = float(found[1]) * UNITS[found[2]] if found else 0.0
@@ -153,8 +153,8 @@ def _measure(known: Known, config: RunConfig, modules: Modules) -> None:
     if known.link_gbits is None and config.islands > 1:
         address = os.environ.get("RAY_ADDRESS", "")
         if address:
+            from diloco.runtime.ray_address import listens
             from diloco.runtime.ray_link import measured_gbits
-            from experiments.doctor import listens
 
             if not listens(address):  # Ray itself would look for minutes
                 raise ValueError(
@@ -175,7 +175,7 @@ def measured_step_s(config: RunConfig, modules: Modules) -> float:
     """
     import torch
 
-    from diloco.train import make_job
+    from diloco.jobs import make_job
     from diloco.workers import World
 
     if config.gpus_per_worker and not torch.cuda.is_available():

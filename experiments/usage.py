@@ -26,6 +26,7 @@ flags (anywhere among the overrides)
   -m, --multirun     a sweep: key=1,2 or key=range(1,5); its runs and sweep.csv go to one directory
   --import MODULE    import a module with parts of your own first; may be repeated
   --config-dir DIR   a folder with experiment/NAME.yaml files of your own
+  --restarts N       when the run's process is killed, start it again and go on with the run, up to N times
   -c, --cfg job      print the configuration instead of running it
   -p, --package KEY  ... only what is below this key
   --resolve          ... with interpolations replaced

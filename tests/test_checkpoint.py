@@ -20,8 +20,10 @@ from diloco.checkpoint import (
     CheckpointFolder,
     check_layout,
     describe_modules,
+    probe,
     read_modules,
     read_source,
+    sees,
     write_modules,
     write_source,
 )
@@ -168,6 +170,26 @@ def test_an_incomplete_one_is_ignored_even_with_a_manifest(folder: CheckpointFol
     (path / "round-000002").rename(path / "round-000002.tmp")
     name, manifest = folder.newest()
     assert (Path(name).name, manifest["view"]["round"]) == ("round-000001", 1)
+
+
+def test_one_of_which_a_file_was_written_elsewhere_is_none(folder: CheckpointFolder, tmp_path: Path) -> None:
+    """As where another node does not see the same folder."""
+    folder.begin("round-000001")
+    files = {**write_modules(folder.temporary("round-000001"), states()), "sources/1/state.safetensors": "0" * 64}
+    said = folder.conclude("round-000001", {"view": {}}, files, keep=1, error="")
+    assert "sources/1/state.safetensors" in said and "seen by all nodes" in said
+    assert not folder.names() and not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_folder_is_probed_without_a_trace(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "checkpoints"
+    with probe(str(folder)) as file:
+        assert Path(file).parent == folder and sees(file)
+    assert not sees(file) and not list(tmp_path.iterdir())
+    folder.mkdir(parents=True)
+    with probe(f"file://{folder}/") as file:
+        assert sees(file)
+    assert not list(folder.iterdir())
 
 
 def test_an_abandoned_one_leaves_nothing(folder: CheckpointFolder, tmp_path: Path) -> None:

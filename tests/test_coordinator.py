@@ -526,13 +526,13 @@ def test_the_tokens_of_an_island_that_dies_after_it_was_heard_count() -> None:
     assert runtime.view.counters.tokens == 120
 
 
-def test_a_contribution_of_an_island_that_died_before_it_was_judged_comes_too_late() -> None:
+def test_a_contribution_of_an_island_that_died_before_it_was_judged_does_not_count() -> None:
     runtime = begun(rounds=2)
     finish_island(runtime, 0, tasks=3)
     push = next(c for c in runtime.asked if isinstance(c, Push))
     runtime.lose(0)
     runtime.answer(push)
-    assert runtime.view.counters.late == 1
+    assert runtime.view.counters.rejected_by_reason == {"zombie": 1}
     assert any("source 0" in record["message"] for record in runtime.logged("warning"))
     runtime.answer(next(c for c in runtime.asked if isinstance(c, Respawn)))
     runtime.go()
@@ -592,7 +592,7 @@ def test_what_an_island_sent_before_it_died_is_not_taken_for_what_it_sends_after
     assert [task.first_step for task in again] == [0, 2]
     runtime.answer(old)
     assert runtime.commits() == []
-    assert runtime.view.counters.late == 1
+    assert runtime.view.counters.rejected_by_reason == {"zombie": 1}
     runtime.go()
     assert [commit.sources for commit in runtime.commits()[::2]] == [(0,), (0,)]
     assert committed_steps(runtime, 0) == list(range(12))
@@ -665,7 +665,7 @@ def test_a_second_answer_of_the_store_does_not_count() -> None:
     runtime.answer(push)
     verdicts = runtime.verdicts(push.task)
     runtime.tell(Received(now_s=5.0, turn=Turn(source=SourceId(0), round=0, fragment=0), verdicts=verdicts))
-    assert runtime.view.counters.late == 1
+    assert runtime.view.counters.rejected_by_reason == {"duplicate": 1}
     runtime.go()
     assert [commit.sources for commit in runtime.commits()[:2]] == [(0, 1, 2)] * 2
     assert runtime.view.counters.accepted == 9

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from diloco.display import Display
 from diloco.fleet import Fleet, Record
+from tests.toy import logged
 
 
 def segment(island: int, steps: int = 10) -> dict[str, object]:
@@ -83,6 +84,6 @@ def test_without_a_barrier_a_round_is_told_once_when_it_is_over(tmp_path: Path) 
         display.write({"time_s": 1.0 + number, **record})
     display.write({"time_s": 7.0, "event": "stale", "island": 0, "staleness": 9, "message": "is 9 versions old"})
     display.close()
-    lines = (tmp_path / "log.txt").read_text().splitlines()
+    lines = logged(tmp_path)
     assert [line.split("  ")[0] for line in lines] == ["round 1/2", "round 2/2", "stale: is 9 versions old"]
     assert lines[0].endswith("left 0:03") and lines[1].endswith("left 0:00")

@@ -30,6 +30,7 @@ from diloco.metrics import (
     open_metrics,
     summary_table,
 )
+from tests.toy import logged
 
 SUMMARY: dict[str, object] = {
     "name": "quickstart",
@@ -221,7 +222,7 @@ def test_plain_lines_and_log(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "round  3/20  validation loss 5.250  best 5.250" in lines
     assert "island 1 lost: its process [died]" in lines and "warning: odd [but] fine" in lines
     assert "validation loss  7.600 before, 5.100 after" in lines
-    assert (tmp_path / "log.txt").read_text() == out
+    assert logged(tmp_path) == out.splitlines()
 
 
 def test_live_drawing(tmp_path: Path) -> None:
@@ -291,7 +292,7 @@ def test_a_reader_that_went_away_stops_nothing(tmp_path: Path, monkeypatch: pyte
         patch.setattr("sys.stdout", Closed())
         display.message("said")
     display.close()
-    assert (tmp_path / "log.txt").read_text() == "said\n"
+    assert logged(tmp_path) == ["said"]
 
 
 def render(summary: Mapping[str, object]) -> str:
@@ -307,6 +308,9 @@ def test_summary_compares_with_data_parallel() -> None:
     assert "data parallel" not in render({**SUMMARY, "bytes_data_parallel": 0})  # one island
     assert "2,000" not in render(SUMMARY) and "164.0 after" in render(SUMMARY)
     assert "stopped: all rejected" in render({**SUMMARY, "status": "stopped", "reason": "all rejected"})
+    assert "rejected contributions" not in render({**SUMMARY, "rejected_by_reason": {"norm": 0}})
+    rejected = render({**SUMMARY, "rejected_by_reason": {"not_finite": 3, "norm": 0, "zombie": 1}})
+    assert "rejected contributions" in rejected and "3 not finite, 1 zombie" in rejected
     assert "tokens" in render({})
 
 

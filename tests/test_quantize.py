@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diloco import blocks
-from diloco.codec import Codec, Int4, Int8, TopK
+from diloco.codec import BFloat16, Codec, Float32, Int4, Int8, TopK
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**126), max_value=2.0**126)
 USUAL = st.floats(width=32, min_value=-1, max_value=1)
@@ -132,7 +132,7 @@ def test_an_anchor_that_nobody_may_write_to(codec: Codec) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("codec", [Int8(), Int4(), TopK()], ids=["int8", "int4", "topk"])
+@pytest.mark.parametrize("codec", [Float32(), BFloat16(), Int8(), Int4(), TopK()], ids=str)
 def test_a_gpu_gives_the_same_bytes(codec: Codec) -> None:
     tensors = {str(size): torch.randn(size) for size in (1, 63, 300_000, 0, 4097)}
     tensors["wide"] = torch.randn(1000, 65) * 10.0 ** torch.randint(-30, 30, (1000, 65))

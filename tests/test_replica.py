@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from diloco.fsdp2 import Fsdp2
 from diloco.replica import Replica, Single
+from diloco.workers import World
 from tests.toy import Perceptron
 
 
@@ -89,3 +92,12 @@ def test_the_model_does_not_keep_the_values_it_was_given() -> None:
     single(model).install(["weight"], {"weight": given}, keep=0.0)
     given.zero_()
     assert model.weight.unique().tolist() == [9.0]
+
+
+def test_workers_that_share_a_gpu_cannot_have_parts_of_a_model() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="use gpus_per_worker=1, or replica=ddp"):
+            Fsdp2(Perceptron(0.0), World(size=2, device=torch.device("cuda")))
+    finally:
+        dist.destroy_process_group()

@@ -11,7 +11,18 @@ import torch
 
 from diloco.codec import BFloat16, Codec, Float32, Int4, Int8, TopK
 from diloco.merge import Mean, MeanBy
-from diloco.messages import Commit, CommitStats, Contribution, IslandId, ModuleKey, Snapshot, SourceId, State, Tensors
+from diloco.messages import (
+    Commit,
+    CommitStats,
+    Contribution,
+    IslandId,
+    ModuleKey,
+    Reason,
+    Snapshot,
+    SourceId,
+    State,
+    Tensors,
+)
 from diloco.outer import Nesterov, OuterOptimizer, Sgd
 from diloco.store import MEASURED_SOURCES, ModuleStore
 
@@ -40,14 +51,20 @@ def make_store(
 
 
 def contribution(
-    delta: Tensors, *, source: int = 0, round_: int = 0, key: ModuleKey = KEY, codec: Codec | None = None
+    delta: Tensors,
+    *,
+    source: int = 0,
+    round_: int = 0,
+    key: ModuleKey = KEY,
+    codec: Codec | None = None,
+    base_version: int = 0,
 ) -> Contribution:
     return Contribution(
         module=key,
         source=SourceId(source),
         island=IslandId(source),
         round=round_,
-        base_version=round_,
+        base_version=base_version,
         payload=(codec or Float32()).encode(delta),
     )
 
@@ -169,6 +186,25 @@ def test_wrong_names_or_shapes_are_seen(delta: Tensors) -> None:
     verdict = make_store().push(contribution(delta))
     assert not verdict.shape_ok
     assert not verdict.good
+
+
+@pytest.mark.parametrize(("base_version", "good"), [(-1, False), (0, True), (1, True), (2, False), (10**9, False)])
+def test_a_version_that_the_module_never_had_is_refused(base_version: int, good: bool) -> None:
+    store = make_store()
+    store.push(contribution(tensors(0)))
+    store.commit(commit(0))
+    verdict = store.push(contribution(tensors(1), round_=1, base_version=base_version))
+    assert (verdict.version_ok, verdict.good, verdict.reason) == (good, good, None if good else Reason.version)
+    assert (verdict.finite, verdict.shape_ok) == (True, True)
+    assert len(store.state()[KEY].meta["inbox"]) == good
+
+
+def test_of_several_things_that_are_wrong_one_is_named() -> None:
+    nan = {name: value * math.nan for name, value in tensors(0).items()}
+    store = make_store()
+    assert store.push(contribution({}, base_version=5)).reason is Reason.shape
+    assert store.push(contribution(nan, source=1, base_version=5)).reason is Reason.version
+    assert store.push(contribution(nan, source=2)).reason is Reason.not_finite
 
 
 @pytest.mark.parametrize("kind", ["truncated", "too long", "header of another", "another codec", "no header"])
@@ -332,6 +368,7 @@ def used_store(codec: Codec) -> ModuleStore:
     for source in (1, 0):
         store.push(contribution(tensors(10 + source), source=source, round_=1, codec=codec))
     store.push(contribution({"w": torch.ones(1)}, source=2, round_=1, codec=codec))
+    store.push(contribution(tensors(20), source=3, round_=1, codec=codec, base_version=9))
     store.push(contribution(tensors(30), source=1, round_=2, codec=codec))
     return store
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -251,7 +252,7 @@ class Signalling(Line):
 
     def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
         if (shard, step) == (self.gate_shard, self.gate_step):
-            wait_for(Path(self.gate).exists)
+            wait_for(Path(self.gate).exists, limit_s=120.0)
         worker = dist.get_rank() if dist.is_initialized() else 0
         if not self.at_evaluation and (shard, step, worker) == (self.at_shard, self.at_step, self.at_worker):
             self._signal()
@@ -311,6 +312,12 @@ def records(directory: Path, *events: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, of these events or of all."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if not events or line["event"] in events]
+
+
+def logged(directory: Path) -> list[str]:
+    """The lines of log.txt, without the time, round and version before them."""
+    lines = (directory / "log.txt").read_text().splitlines()
+    return [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d round \d+ version \d+: ", "", line, count=1) for line in lines]
 
 
 def warned(directory: Path) -> list[str]:

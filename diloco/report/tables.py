@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diloco import rundir
-from diloco.formats import format_bytes, format_count, format_duration, format_perplexity
+from diloco.formats import format_bytes, format_count, format_duration, format_perplexity, format_reasons
 from diloco.report.drawing import Key
 from diloco.report.history import number
 from diloco.report.html import Cell, table
@@ -86,6 +86,7 @@ FIGURES: Mapping[str, Callable[[Run], str]] = {
     "rounds": _plain("rounds"),
     "parameters": _figure("parameters", format_count),
     "accepted / rejected / late / stale": _contributions,
+    "rejected": lambda run: format_reasons(run.summary.get("rejected_by_reason")) or NONE,
     "lost / joined": _members,
     "alive / participating / weight": _participation,
 }

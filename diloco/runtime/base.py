@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -38,10 +38,13 @@ class Store:
     """The module store; the Hydra group `store`."""
 
     shards: int = 0  # actors that the store is spread over; 0 = as many as islands, at most 8
+    norm_mads: float = 6.0  # by so many MADs a contribution's log norm may be above the median of the last; 0 = any
 
     def __post_init__(self) -> None:
         if self.shards < 0:
             raise ValueError(f"store.shards={self.shards} must not be negative (0 = derived from islands)")
+        if not 0 <= self.norm_mads < float("inf"):
+            raise ValueError(f"store.norm_mads={self.norm_mads} must not be negative; 0 accepts any norm")
 
     def resolved(self, islands: int) -> int:
         """How many shards there are."""
@@ -70,6 +73,8 @@ class Job:
     schedule: Schedule
     sources: int = 0  # that contribute, each with a shard of the data; 0 = as many as islands
     moving: bool = False  # they go from island to island: what belongs to one is kept between its tasks
+    min_islands: int = 0  # for which there has to be room at the start; 0 = all
+    patience: float = 0.0  # see diloco/patience.py
     pauses_s: tuple[float, ...] = ()  # after each inner step of an island, to make it slow; () = none
 
     @property
@@ -127,12 +132,18 @@ class Final:
     written: Written
 
 
+class StoreLost(RuntimeError):
+    """More is lost than islands: the run can go on from its newest checkpoint only."""
+
+
 class Abandoned(RuntimeError):
     """The process that drives the run is gone, or gave it up and says why; this one has nothing to add but its text."""
 
 
 class Backend(ABC):
     """The processes of one run. Used in the order of the methods; `close` in any case."""
+
+    relocates = False  # an interruption was asked for by the backend, so that the run goes on elsewhere
 
     @abstractmethod
     def shapes(self) -> dict[str, Shape]:
@@ -141,6 +152,14 @@ class Backend(ABC):
     @abstractmethod
     def setup(self, modules: Modules) -> None:
         """Start islands and shards, and tell them the layout."""
+
+    def absent(self) -> frozenset[IslandId]:
+        """Islands for which there was no place yet; each is told of by a `Joined`."""
+        return frozenset()
+
+    def check_folder(self, folder: str) -> None:
+        """Raise ValueError where `folder`, in which checkpoints are to be kept, is not the same to all processes."""
+        return None
 
     @abstractmethod
     def fill(self, init_from: str) -> Mapping[IslandId, list[ModuleKey]]:
@@ -180,6 +199,10 @@ class Backend(ABC):
     def finish(self, present: Run, folder: str | None, prompt: str) -> Final:
         """Have the evaluator install the global weights, digest them, and export to `folder` where one is given."""
 
+    def sinks(self, run: str) -> list[Any]:
+        """What else takes the records of metrics.jsonl."""
+        return []
+
     def conclude(self, summary: Mapping[str, Any]) -> None:
         """Tell processes that follow this one what the run came to; `close` is next."""
         return None
@@ -192,6 +215,8 @@ class Backend(ABC):
 @dataclass(kw_only=True)
 class Runtime(ABC):
     """Where the parts of a run live; the Hydra group `runtime`."""
+
+    waits_for_all: ClassVar[bool] = False  # no island may be late, or missing
 
     def suited(self, schedule: Schedule) -> Schedule:
         """The schedule as it is to be followed here. Raises ValueError where it cannot be."""

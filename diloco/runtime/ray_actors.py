@@ -1,12 +1,12 @@
 """What runs inside Ray's actors: thin shells around Island and ModuleStore.
 
 Methods of the group `io` run in a thread of their own, so that checkpoints are written while the actor works on; so do
-those of `links`, which wait for other nodes.
+those of `links`, which wait for other nodes, and of `ping`, which are answered whatever else is going on.
 """
 
 from __future__ import annotations
 
-import importlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,53 +38,61 @@ from diloco.messages import (
     Verdict,
     Written,
 )
-from diloco.runtime.base import LOADED, Job
+from diloco.runtime.base import LOADED
 from diloco.runtime.kept import Kept, pack, unpack
+from diloco.runtime.ray_place import Packed, Where, host
 from diloco.starting import StartingValues
+
+LOG = logging.getLogger("diloco")  # Ray keeps what actors say: `ray logs`
+LINKS = 16  # fetches of a shard at once, of which all but one hang on nodes that do not answer any more
 
 
 class WorkerShell:
     """One worker of an island, or the evaluator. All workers of an island are asked the same, in the same order."""
 
-    def __init__(self, job: Job, island: IslandId, rank: int) -> None:
-        self._job, self._number, self._rank = job, island, rank
-        self._size = 1 if island == EVALUATOR else job.workers[island]
-        self._gpus = 0.0 if island == EVALUATOR else job.gpus_per_worker
+    def __init__(self, packed: Packed, island: IslandId, rank: int) -> None:
+        self._packed, self._number, self._rank = packed, island, rank
         self._frozen: dict[tuple[SourceId, int], State] = {}  # by source and round
 
     def meet(self) -> str:
         """Open the place where the workers of this island meet; rank 0 only."""
-        host = _host()
-        self._store = workers.meet(host)
-        return f"{host}:{self._store.port}"
+        address = host()
+        self._store = workers.meet(address)
+        return f"{address}:{self._store.port}"
 
     def build(self, meeting: str) -> dict[str, Shape]:
         """Make the island; returns the model's trainable parameters. Not in `__init__`, whose errors Ray rewords."""
-        _prepare(self._job)
-        device = torch.device("cuda", 0) if self._gpus > 0 else torch.device("cpu")
+        job = self._job = self._packed.opened()
+        size = 1 if self._number == EVALUATOR else job.workers[self._number]
+        gpus = 0.0 if self._number == EVALUATOR else job.gpus_per_worker
+        device = torch.device("cuda", 0) if gpus > 0 else torch.device("cpu")
         world = workers.World(device=device)
-        if self._size > 1:
+        if size > 1:
             world = workers.join(
                 self._store if self._rank == 0 else meeting,
-                host=_host(),
+                host=host(),
                 rank=self._rank,
-                size=self._size,
+                size=size,
                 device=device,
-                shared=self._gpus < 1,
+                shared=gpus < 1,
             )
-        self._island = self._job.make_island(self._job.corpus(), world, self._number)
+        self._island = job.make_island(job.corpus(), world, self._number)
         return self._island.shapes()
 
     @ray.method(concurrency_group="ping")
-    def node(self) -> str:
-        """The node that this actor runs on, told while it is still being built."""
-        return _node()
+    def where(self) -> Where:
+        """Told while it is still being built."""
+        return Where.here()
 
-    def setup(self, modules: Modules) -> str:
-        """Returns the node that this actor runs on."""
+    def setup(self, modules: Modules) -> Where:
+        """What the layout has built."""
         self._modules = modules
         self._island.setup(modules)
-        return _node()
+        return Where.here()
+
+    def sees(self, file: str) -> bool:
+        """Whether this file is there for this worker too."""
+        return ckpt.sees(file)
 
     def initial(self, groups: Sequence[Sequence[ModuleKey]], init_from: str) -> Any:
         """Version 0 of these modules, one list of snapshots for each group (a shard of the store)."""
@@ -129,6 +137,9 @@ class WorkerShell:
         with _leaving():
             pulled = [snapshot for part in (*fetched, *map(ray.get, snapshots)) for snapshot in part]
             self._report = self._island.train(task, pulled)
+        place = f"island {task.island} rank {self._rank} source {task.source} round {task.round}"
+        installed = f", installed versions {sorted(set(task.install.values()))}" if task.install else ""
+        LOG.info("%s: steps %d to %d%s", place, task.first_step, task.first_step + task.steps, installed)
 
     def contribute(self, task: Task, slots: Sequence[SlotName]) -> list[Contribution]:
         """What the task contributes of these slots; each is handed over before the next is made."""
@@ -182,14 +193,20 @@ class WorkerShell:
 class ShardShell:
     """One shard of the store."""
 
-    def __init__(self, job: Job) -> None:
-        _prepare(job)
-        self._store = job.make_store()
+    def __init__(self, packed: Packed) -> None:
+        self._packed = packed
         self._frozen: dict[str, dict[ModuleKey, State]] = {}
 
-    def setup(self, steps_a_round: Mapping[ModuleKey, int]) -> None:
-        """How often each module steps in a round."""
+    def setup(self, steps_a_round: Mapping[ModuleKey, int]) -> Where:
+        """Make the shard; `steps_a_round`: how often each module steps in a round."""
+        self._store = self._packed.opened().make_store()
         self._store.setup(steps_a_round)
+        return Where.here()
+
+    @ray.method(concurrency_group="ping")
+    def alive(self) -> bool:
+        """Answers whatever the shard is doing."""
+        return True
 
     def fill(self, snapshots: list[Snapshot]) -> dict[ModuleKey, str]:
         """Starting values; returns their digests."""
@@ -215,7 +232,10 @@ class ShardShell:
 
     def commit(self, commits: Sequence[Commit]) -> list[int]:
         """Outer steps; returns the versions."""
-        return [self._store.commit(commit) for commit in commits]
+        versions = [self._store.commit(commit) for commit in commits]
+        for commit, version in zip(commits, versions, strict=True):
+            LOG.info("%s round %d: version %d of sources %s", commit.module, commit.round, version, commit.sources)
+        return versions
 
     def pull(self, have: Mapping[ModuleKey, int | None]) -> list[Snapshot]:
         """What the receiver lacks."""
@@ -249,26 +269,12 @@ def _leaving() -> Iterator[None]:
         raise
 
 
-def _node() -> str:
-    return str(ray.get_runtime_context().get_node_id())
-
-
-def _host() -> str:
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-
-def _prepare(job: Job) -> None:
-    torch.set_num_threads(job.threads_per_worker)
-    for module in job.imports:  # registers the user's own parts here too
-        importlib.import_module(module)
-
-
 _actor: Any = ray.remote  # Ray's types know nothing of concurrency groups
 WorkerActor: Any = _actor(concurrency_groups={"io": 1, "ping": 1})(WorkerShell)
-_ShardActor: Any = _actor(concurrency_groups={"io": 1, "links": 1})(ShardShell)
+_ShardActor: Any = _actor(concurrency_groups={"io": 1, "links": LINKS, "ping": 1})(ShardShell)
 
 
-def spawn_shard(job: Job, node: str) -> Any:
+def spawn_shard(packed: Packed, node: str) -> Any:
     """A handle of a new shard of the store, on that node."""
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)  # soft, an actor without CPUs lands anywhere
-    return _ShardActor.options(num_cpus=0, scheduling_strategy=strategy).remote(job)
+    return _ShardActor.options(num_cpus=0, scheduling_strategy=strategy).remote(packed)

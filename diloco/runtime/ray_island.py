@@ -13,7 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from diloco.messages import EVALUATOR, IslandId, ModuleKey, Modules, SlotName, SourceId, Task, Turn
 from diloco.runtime.base import Job
 from diloco.runtime.ray_actors import WorkerActor
-from diloco.runtime.ray_refs import Ref, died, get, get_all
+from diloco.runtime.ray_place import Packed
+from diloco.runtime.ray_refs import Ref, died
 
 PING_S = 10.0  # how long a worker may take to say that it lives
 
@@ -21,7 +22,7 @@ PING_S = 10.0  # how long a worker may take to say that it lives
 class RayIsland:
     """All workers get the same tasks; rank 0 alone takes snapshots and sends. One that dies takes the others along."""
 
-    def __init__(self, job: Job, island: IslandId) -> None:
+    def __init__(self, job: Job, packed: Packed, island: IslandId) -> None:
         self._group: Any = None
         self._moving = job.moving
         self._keeping: dict[tuple[Turn, int], Ref] = {}  # by turn and segment: two tasks of a source may be under way
@@ -40,20 +41,24 @@ class RayIsland:
             strategies = [PlacementGroupSchedulingStrategy(self._group, rank) for rank in range(size)]
         self._workers = [
             WorkerActor.options(num_cpus=needs["CPU"], num_gpus=needs["GPU"], scheduling_strategy=strategy).remote(
-                job, island, rank
+                packed, island, rank
             )
             for rank, strategy in enumerate(strategies)
         ]
         meeting = self._workers[0].meet.remote() if size > 1 else ""
         self.built: list[Ref] = [worker.build.remote(meeting) for worker in self._workers]
 
-    def node(self) -> Ref:
-        """That of the worker that sends."""
-        return self._workers[0].node.remote()
+    def where(self) -> Ref:
+        """Where the worker that sends is; answered as soon as it is placed."""
+        return self._workers[0].where.remote()
 
     def setup(self, modules: Modules) -> list[Ref]:
-        """The first answers with the node of the worker that sends."""
+        """Each answers where it is."""
         return [worker.setup.remote(modules) for worker in self._workers]
+
+    def sees(self, file: str) -> Ref:
+        """Whether this file is there for it too."""
+        return self._workers[0].sees.remote(file)
 
     def initial(self, groups: Sequence[Sequence[ModuleKey]], init_from: str) -> list[Ref]:
         """Version 0 of these modules, an answer for each group."""
@@ -129,13 +134,3 @@ class RayIsland:
             ray.kill(worker)
         if self._group is not None:
             remove_placement_group(self._group)
-
-
-def shard_nodes(islands: Mapping[IslandId, RayIsland], shards: int) -> list[str]:
-    """Where each shard of the store belongs: next to the islands, so that all links carry the same, or here."""
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    if len(nodes) > 1:
-        refs = {island: handle.node() for island, handle in islands.items() if island != EVALUATOR}
-        get_all({f"island {island}": [ref] for island, ref in refs.items()})
-        nodes = list(dict.fromkeys(get(list(refs.values()))))
-    return [nodes[index % len(nodes)] for index in range(shards)]

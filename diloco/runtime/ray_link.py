@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from diloco.runtime.ray_address import connect_to
 
 OBJECT_BYTES = 20 << 20
 REPEATS = 3  # of which the median counts; one more comes first, for the connection
@@ -39,11 +40,7 @@ def measured_gbits(address: str) -> float | None:
     One object of 20 MiB at a time, each way between two nodes, latency included; None where there is one node.
     Leaves the cluster as it was. Raises ValueError where none answers in time.
     """
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        said = str(error).splitlines()[0]
-        raise ValueError(f"no Ray cluster answers at {address} ({said}); start it, or unset RAY_ADDRESS") from error
+    connect_to(address)
     try:
         list_nodes: Any = ray.nodes
         nodes = [str(node["NodeID"]) for node in list_nodes() if node["Alive"]][: MOST_NODES + 1]

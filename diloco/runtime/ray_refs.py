@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +10,22 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 Ref: TypeAlias = Any  # ray.ObjectRef, whose parameter says nothing here
 Then: TypeAlias = Callable[[list[Any], RayError | None], None]
 
+GONE = (RayActorError, OutOfMemoryError)  # an actor that is no more; Ray itself ends some where memory is short
+LOST = (*GONE, ObjectLostError)
 SAY_EVERY_S = 20.0
+NOT_IMPORTED = "failed to import on the worker"  # Ray's words where an actor's class is not there
 OTHERS_S = 5.0  # how long to wait for what other workers say of an error
 
 
@@ -86,6 +97,14 @@ def get(refs: Any) -> Any:
         return ray.get(refs)
     except RayTaskError as error:
         raise cause(error) from None
+    except ActorDiedError as error:
+        if NOT_IMPORTED not in str(error):
+            raise
+        node, why = re.search(r"ip=([^,)]+)", str(error)), str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"node {node[1] if node else '?'} has another version of the project, or none ({why}); install the same"
+            " version on all nodes"
+        ) from error
 
 
 def get_all(refs: Mapping[str, Sequence[Ref]]) -> None:
@@ -114,7 +133,7 @@ def cause(error: Exception) -> Exception:
 
 def died(error: Exception) -> bool:
     """Whether the actor that was asked is gone, and not one that it asked in turn."""
-    return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
+    return isinstance(error, GONE) and not isinstance(error, RayTaskError)
 
 
 def mistake(error: RayError, others: Sequence[Ref]) -> Exception:

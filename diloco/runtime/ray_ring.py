@@ -7,7 +7,7 @@ idle at the end. In ring order every link carries one object at a time, and all 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -47,8 +47,10 @@ class Ring:
         self._waiting.append(transfer)
 
     def end(self, transfer: Transfer) -> None:
-        """It has come to its end, in whatever way."""
-        self._given[transfer.receiver].remove(transfer)
+        """It has come to its end, in whatever way, or is not to be waited for any more."""
+        for transfers in (self._given[transfer.receiver], self._waiting):
+            if transfer in transfers:
+                transfers.remove(transfer)
 
     def take(self) -> list[Transfer]:
         """Those to be begun now, each told once.
@@ -77,19 +79,26 @@ class Ring:
 Part: TypeAlias = tuple[Any, str, Ref]  # a shard of the store, its node, and contributions to it
 
 
+@dataclass(kw_only=True)
+class _Coming:
+    transfer: Transfer
+    island: IslandId
+    then: list[Callable[[], None]] = field(default_factory=list)  # what waits for it
+
+
 class Pusher:
     """Hands contributions to the shards of the store, those from other nodes in ring order."""
 
     def __init__(self, pending: Pending, nodes: Sequence[str]) -> None:
         """`nodes` of the shards, in their order."""
         self._pending, self._ring = pending, Ring(nodes)
-        self._coming: dict[Ref, list[Callable[[], None]]] = {}  # offered, not there yet -> what waits for it
+        self._coming: dict[Ref, _Coming] = {}  # offered, not there yet
 
-    def offer(self, parts: Sequence[Part], sender: str) -> None:
+    def offer(self, parts: Sequence[Part], sender: str, island: IslandId) -> None:
         """Begin to bring these from node `sender`, where at least the first is made, before they are judged."""
         for part in parts:
             if part[1] != sender:
-                self._add(part, sender)
+                self._add(part, sender, island)
         self._begin()
 
     def push(self, parts: Sequence[Part], then: Then) -> None:
@@ -113,24 +122,32 @@ class Pusher:
         for index, (shard, _, ref) in enumerate(parts):
             begin = partial(judge, index, shard, ref)
             if ref in self._coming:
-                self._coming[ref].append(begin)
+                self._coming[ref].then.append(begin)
             else:
                 begin()
 
-    def _add(self, part: Part, sender: str) -> None:
+    def forget(self, island: IslandId) -> None:
+        """It is given up for lost: others need not wait for what it was sending, which may never come."""
+        for ref in [ref for ref, coming in self._coming.items() if coming.island == island]:
+            self._ring.end(self._coming.pop(ref).transfer)
+        self._begin()
+
+    def _add(self, part: Part, sender: str, island: IslandId) -> None:
         shard, receiver, ref = part
 
         def fetch() -> None:
             self._pending.add([shard.fetch.remote([ref])], fetched)  # nested, or Ray would fetch it before its turn
 
         def fetched(answers: list[Any], error: RayError | None) -> None:  # who pushes it will meet the error too
+            if ref not in self._coming:
+                return
             self._ring.end(transfer)
             self._begin()
-            for begin in self._coming.pop(ref):
+            for begin in self._coming.pop(ref).then:
                 begin()
 
         transfer = Transfer(sender=sender, receiver=receiver, begin=fetch)
-        self._coming[ref] = []
+        self._coming[ref] = _Coming(transfer=transfer, island=island)
         self._ring.add(transfer)
 
     def _begin(self) -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import ray
 import torch
-from ray.exceptions import AuthenticationError
+from ray._private.state import state
 
+from diloco.messages import IslandId
 from diloco.runtime import reaper
 from diloco.runtime.base import Job
+from diloco.runtime.ray_address import connect_to
 
 PROCESS_BYTES = 600 << 20  # what an island's imports and a small model take at least
 PLACEMENT_WAIT_S = 15.0  # for what a run that just ended still holds
@@ -22,6 +28,7 @@ KEPT_ROUNDS = 3  # of which the object store has room: the present one, the last
 LEAST_STORE_BYTES = 256 << 20
 LARGE_STORE_BYTES = 1 << 30  # for models of unknown size; preallocating it takes .6 s of the start
 MOST_OF_MEMORY = 0.3
+SHOWN = 5  # islands that are named
 ROUNDING = 1e-6  # 1 / .2 is a little less than 5
 
 
@@ -36,14 +43,7 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
         _check_cluster(job)
         return False
     if address:
-        try:
-            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            hint = "start it, or unset RAY_ADDRESS; with token authentication, set RAY_AUTH_MODE=token"
-            raise ValueError(f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); {hint}") from error
-        except AuthenticationError as error:
-            hint = "set RAY_AUTH_MODE=token and give every node the same ~/.ray/auth_token"
-            raise ValueError(f"the Ray cluster at {address} refuses this token or its absence; {hint}") from error
+        connect_to(address, runtime_env)
         try:
             _check_cluster(job)
         except ValueError:
@@ -115,16 +115,46 @@ def _check_machine(job: Job) -> None:
         print(f"{workers} workers share {cores} cores, where {wanted} would be used", file=sys.stderr)
 
 
-def _check_cluster(job: Job) -> None:
-    workers = sum(job.workers)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+def room(job: Job) -> int:
+    """For how many islands, in their order, the cluster has places in all."""
+    fits = _worker_places(job)
+    return sum(workers <= fits for workers in itertools.accumulate(job.workers))
+
+
+def draining() -> set[str]:
+    """The nodes that have announced that they leave, by Ray's name."""
+    return set(state.get_draining_nodes())
+
+
+def missing(job: Job, islands: Sequence[IslandId]) -> str:
+    """What islands that have no place wait for."""
+    needs = f"{job.threads_per_worker} CPU" + (f" and {job.gpus_per_worker:g} GPU" if job.gpus_per_worker else "")
+    there, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
+    kinds = ["CPU", *(["GPU"] if job.gpus_per_worker else [])]
+    have = ", ".join(f"{there.get(kind, 0.0):g} {kind} ({free.get(kind, 0.0):g} free)" for kind in kinds)
+    names = ", ".join(map(str, islands[:SHOWN])) + (f" and {len(islands) - SHOWN} more" if len(islands) > SHOWN else "")
+    nodes = len(_alive())
+    return f"no place for island {names}, which wants {needs} a worker: the cluster's {nodes} node(s) have {have}"
+
+
+def _alive() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _worker_places(job: Job) -> int:
+    nodes = [node["Resources"] for node in _alive()]
     cpus = [int(node.get("CPU", 0.0) / job.threads_per_worker + ROUNDING) for node in nodes]
     gpus = [_gpu_places(node.get("GPU", 0.0), job) for node in nodes]
-    fits = sum(min(places) for places in zip(cpus, gpus, strict=True))
+    return sum(min(places) for places in zip(cpus, gpus, strict=True))
+
+
+def _check_cluster(job: Job) -> None:
+    job = replace(job, workers=job.workers[: job.min_islands or job.islands])
+    workers, fits = sum(job.workers), _worker_places(job)
     if fits < workers:
         gpu = f" and {job.gpus_per_worker:g} GPU" if job.gpus_per_worker else ""
         raise ValueError(
-            f"{_asked(job)} with {job.threads_per_worker} CPU{gpu} a worker: the {len(nodes)} node(s) of the cluster"
+            f"{_asked(job)} with {job.threads_per_worker} CPU{gpu} a worker: the {len(_alive())} node(s) of the cluster"
             f" have places for {fits}; use fewer or start more nodes"
         )
     wanted = {"CPU": workers * job.threads_per_worker, "GPU": workers * job.gpus_per_worker}
@@ -154,6 +184,8 @@ def _gpu_places(gpus: float, job: Job) -> int:
 
 def _asked(job: Job) -> str:
     """What the user gave, in the words of the command line."""
+    if job.min_islands:
+        return f"min_islands={job.islands}"
     if set(job.workers) == {1}:
         return f"islands={job.islands}"
     given = str(job.workers[0]) if len(set(job.workers)) == 1 else str(list(job.workers)).replace(" ", "")

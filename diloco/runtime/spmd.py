@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ from diloco.schedule import Barrier, Schedule
 class Spmd(Runtime):
     """One process a worker, started by torchrun or the like, else by this one on this machine."""
 
+    waits_for_all = True
+
     timeout_s: float = 1800.0  # of one exchange between islands; training, evaluation and saving may take longer
 
     def __post_init__(self) -> None:
@@ -53,13 +55,13 @@ class Spmd(Runtime):
             raise ValueError(f"runtime.timeout_s={self.timeout_s} must be positive")
 
     def suited(self, schedule: Schedule) -> Schedule:
-        """Nobody is ever late where all wait for each other."""
+        """Only a barrier: all processes wait for each other."""
         if type(schedule) is not Barrier:
             raise ValueError(
                 f"schedule={type(schedule).__name__} does not run on runtime=spmd, whose processes wait for each other;"
                 " use schedule=barrier, or runtime=ray_cluster or local"
             )
-        return replace(schedule, late_mads=0.0)
+        return schedule
 
     def follow(self, workers: tuple[int, ...]) -> Mapping[str, Any] | None:
         """As any rank but 0 of a launcher's processes."""

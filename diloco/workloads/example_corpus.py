@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from diloco import pretrained
 from diloco.data import Data, make_once
 from diloco.dealing import Epochs, deal, spread
 from diloco.examples import FORMAT, Example, ExampleFolder, prepare_examples
@@ -80,7 +81,7 @@ class ExampleCorpus:
         """It, loaded once."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.tokenizer_folder, trust_remote_code=self._trust_remote_code)
+        return pretrained.load(AutoTokenizer, self.tokenizer_folder, trust_remote_code=self._trust_remote_code)
 
     @property
     def vocab_size(self) -> int:
@@ -173,7 +174,7 @@ def template_of(tokenizer: str, *, trust_remote_code: bool) -> Render | None:
     from transformers import AutoTokenizer
 
     try:
-        found: Any = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+        found: Any = pretrained.load(AutoTokenizer, tokenizer, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return None  # the reason is told where the tokenizer is needed
     if not found.chat_template:

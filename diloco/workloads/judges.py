@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from diloco import pretrained
+
 BATCH = 16  # answers that a reward model reads at once
 
 
@@ -146,9 +148,9 @@ class RewardModelJudge:
             raise ValueError(
                 f"workload.judge={folder} is no reward model: train one with workload=reward_model, and give RUN/export"
             )
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = pretrained.load(AutoTokenizer, folder)
         with without_progress_bars():
-            self._model: Any = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+            self._model: Any = pretrained.load_model(AutoModelForSequenceClassification, folder).eval()
         if self._model.config.num_labels != 1:
             raise ValueError(f"workload.judge={folder} has {self._model.config.num_labels} outputs, and needs 1")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from diloco import pretrained
 from diloco.data import Data
 from diloco.workloads import sampling
 from diloco.workloads.presets import PRESETS
@@ -53,7 +54,7 @@ class LanguageModel:
                 config = LlamaConfig(**PRESETS[self.name].llama_settings(), **more)
                 model = kind.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
             else:
-                model = self._pretrained(kind, {"dtype": torch.float32, **more})
+                model = self._pretrained(kind, pretrained.load_model, {"dtype": torch.float32, **more})
                 model.config.use_cache = False
                 if not scores and any("SequenceClassification" in name for name in model.config.architectures or []):
                     raise ValueError(f"workload.model={self.name} is a reward model, and writes nothing: give another")
@@ -110,7 +111,7 @@ class LanguageModel:
         """The one in this folder."""
         from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+        tokenizer = pretrained.load(AutoTokenizer, folder, trust_remote_code=self.trust_remote_code)
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         return tokenizer
 
@@ -152,9 +153,9 @@ class LanguageModel:
             return PRESETS[self.name].vocab_size, PRESETS[self.name].max_positions
         from transformers import AutoConfig
 
-        return sampling.limits(self._pretrained(AutoConfig, {}))
+        return sampling.limits(self._pretrained(AutoConfig, pretrained.load, {}))
 
-    def _pretrained(self, kind: Any, settings: dict[str, object]) -> Any:
+    def _pretrained(self, kind: Any, load: Callable[..., Any], settings: dict[str, object]) -> Any:
         """What an Auto class loads from the folder or hub id `name`; ValueError where it cannot."""
         remedy = f"give a preset ({', '.join(PRESETS)}), or a folder that save_pretrained wrote"
         folder = Path(self.name)
@@ -171,7 +172,9 @@ class LanguageModel:
             raise ValueError(f"workload.model={self.name}: there is no such folder: {remedy}")
         try:
             with without_progress_bars():
-                return kind.from_pretrained(self.name, trust_remote_code=self.trust_remote_code, **settings)
+                return load(kind, self.name, trust_remote_code=self.trust_remote_code, settings=settings)
+        except pretrained.NeedsCode as error:
+            raise ValueError(f"workload.model={error}") from error
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(

@@ -37,6 +37,8 @@ class Settings:
     blocks: int
     threads: int
     in_ray: bool = False  # in a worker of Ray, whose imports then take as much memory as an island's
+    device: str = "cpu"  # or "cuda": in bfloat16, like an island
+    compile: bool = False
 
     @property
     def side(self) -> str:
@@ -73,6 +75,7 @@ def island(settings: Settings, *, shards: int) -> Side:
         "inner_steps": settings.block_steps,
         "rounds": settings.blocks + 1,
         "threads_per_worker": settings.threads,
+        "gpus_per_worker": int(settings.device == "cuda"),
         "workload.model": settings.model,
         "workload.folder": settings.folder,
         "workload.block_steps": settings.block_steps,
@@ -85,6 +88,7 @@ def island(settings: Settings, *, shards: int) -> Side:
         "inner.lr": LR,
         "inner.clip": CLIP,
         "inner.rate": "constant",
+        "inner.compile": settings.compile,
         "outer": "sgd",
         "outer.lr": 1.0,
     }
@@ -98,23 +102,25 @@ def train(settings: Settings) -> None:
     pace = Pace(folder=settings.folder, side=settings.side, block_steps=settings.block_steps)
     workload = CausalLM(model=settings.model)
     corpus = workload.corpus(settings.data(), seed=0, shards=1)
-    model: Any = workload.build_model(seed=0)
+    model: Any = workload.build_model(seed=0).to(device=settings.device)
     optimizer = _optimizer(model)
-    losses: list[float] = []
+    forward: Any = torch.compile(model) if settings.compile else model
+    losses: list[torch.Tensor] = []  # fetched at the end, so that no step waits for the device
     for step in range(settings.steps):
         pace.step(0, step)
-        tokens = corpus.sequences(ShardId(0), first=step * settings.batch, count=settings.batch)
-        total = torch.zeros(())
+        tokens = corpus.sequences(ShardId(0), first=step * settings.batch, count=settings.batch).to(settings.device)
+        total = torch.zeros((), device=settings.device)
         for part in tokens.chunk(settings.accumulation):
-            logits = model(input_ids=part[:, :-1]).logits
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()) / settings.accumulation
+            with torch.autocast(settings.device, dtype=torch.bfloat16, enabled=settings.device == "cuda"):
+                logits = forward(input_ids=part[:, :-1]).logits
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()) / settings.accumulation
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(total))
-    (Path(settings.folder) / f"{settings.side}.json").write_text(json.dumps(losses))
+        losses.append(total)
+    (Path(settings.folder) / f"{settings.side}.json").write_text(json.dumps([float(loss) for loss in losses]))
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:

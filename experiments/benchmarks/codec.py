@@ -4,7 +4,8 @@ One thread; GB/s of float32 values, as medians of turns in which the codecs alte
 copy of as many bytes: `memcpy_gbs`. Of each codec: `encode_gbs`, `decode_gbs`, `difference_gbs` (anchor minus local,
 encoded at once as an island does it; it reads twice as much), `bits` a parameter with the header apart. `ratio` is the
 slower way of the slower of int8 and int4, to the .5 GB/s that are wanted; `cpu_ratio` is the same by the thread's CPU
-time, the steadier one where other processes are busy.
+time, the steadier one where other processes are busy. With --device cuda, `same_bytes` names the codecs that give the
+same bytes there as on the CPU.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def _figures(given: Any) -> dict[str, Any]:
         "tensors": len(tensors),
         "memcpy_gbs": common.rounded(gigabytes / common.median(copy.wall_s[1:])),
         "codecs": found,
+        **({"same_bytes": _same_bytes(tensors, anchor)} if given.device == "cuda" else {}),
         "ratio": _ratio(gigabytes, [way.wall_s[1:] for way in wanted]),
         "cpu_ratio": _ratio(gigabytes, [way.cpu_s[1:] for way in wanted]),
     }
@@ -125,6 +127,17 @@ def _turn(codec: Codec, tensors: Tensors, anchor: Tensors, times: dict[str, Time
     times["decode"].measure(lambda: codec.decode(payload), "cpu")
     times["difference"].measure(lambda: codec.encode_difference(anchor, tensors), device)
     return int(payload.body.nbytes)
+
+
+def _same_bytes(tensors: Tensors, anchor: Tensors) -> list[str]:
+    """The codecs that give the same bytes on the GPU, where `tensors` are, as on the CPU."""
+    fetched = {name: value.cpu() for name, value in tensors.items()}
+    return [
+        name
+        for name, codec in CODECS.items()
+        if codec.encode(tensors).sha256() == codec.encode(fetched).sha256()
+        and codec.encode_difference(anchor, tensors).sha256() == codec.encode_difference(anchor, fetched).sha256()
+    ]
 
 
 def _ratio(gigabytes: float, ways: Sequence[Sequence[float]]) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,8 @@ from diloco.messages import EVALUATOR, ModuleKey, Modules, Report, SlotName, Tas
 from diloco.schedule import Barrier, Schedule
 from diloco.views import RunView
 from experiments.benchmarks import common
+
+LONG_ISLANDS = 4  # and modules, of a run of very many rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +90,12 @@ def main(argv: Sequence[str]) -> int:
         "--modules-per-path", type=common.several, default=[100, 10], help="modules that a task sends (100,10)"
     )
     options.add_argument("--tasks", type=common.positive, default=4000, help="at least so many tasks a block (4000)")
+    options.add_argument("--rounds", type=common.several, default=[2000, 12_000], help="of a long run (2000,12000)")
     options.add_argument("--blocks", type=common.positive, default=5, help="blocks of each size, in turn (5)")
     given = options.parse_args(argv)
     if given.quick:
         given.islands, given.modules, given.modules_per_path = [10, 30], 4, [4, 2]
-        given.tasks, given.blocks = 30, 1
+        given.tasks, given.blocks, given.rounds = 30, 1, [10, 30]
     return common.run(lambda: _measure(given))
 
 
@@ -103,7 +107,28 @@ def _measure(given: Any) -> dict[str, Any]:
             raise ValueError(f"{min(given.islands)} islands leave modules untrained: --modules-per-path {width} is few")
     found = {str(width): _of_width(given, width) for width in given.modules_per_path}
     widest = found[str(max(given.modules_per_path))]
-    return {"benchmark": "coordinator", "modules": given.modules, **widest, "by_modules_per_path": found}
+    long = _of_rounds(given.rounds)
+    return {"benchmark": "coordinator", "modules": given.modules, **widest, "by_modules_per_path": found, "long": long}
+
+
+def _of_rounds(rounds: Sequence[int]) -> dict[str, Any]:
+    """Whether a long run costs more the longer it has gone on: memory, and time of a tenth as many rounds."""
+    first, last = rounds
+    schedule = Barrier()
+    view = view_of(schedule, islands=LONG_ISLANDS, modules=LONG_ISLANDS, modules_per_path=LONG_ISLANDS, steps=1)
+    game = Game(view, schedule)
+    tracemalloc.start()
+    game.play(first)
+    before = (tracemalloc.get_traced_memory()[0], game.play(first // 10).seconds)
+    game.play(last - first - first // 10)
+    after = (tracemalloc.get_traced_memory()[0], game.play(first // 10).seconds)
+    tracemalloc.stop()
+    common.show(f"after {first} and {last} rounds: {before[0]:,} and {after[0]:,} bytes")
+    return {
+        "bytes": {str(first): before[0], str(last): after[0]},
+        "bytes_grown": after[0] - before[0],
+        "time_ratio": common.rounded(after[1] / before[1], digits=3),
+    }
 
 
 def _of_width(given: Any, width: int) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--blocks", type=common.positive, default=6, help="turns of each side (6)")
     options.add_argument("--rounds", type=common.positive, default=4, help="measured outer rounds a turn (4)")
     options.add_argument("--alone", action="store_true", help="without torchft, to look at this project only")
+    options.add_argument("--gpus-per-worker", type=float, default=0.0, help="with --alone, such as 0.5 (0)")
     options.add_argument("--codec", help="what this project sends up (its default)")
     options.add_argument("--codec-down", help="what it sends down (its default)")
     options.add_argument("--wan", metavar="RATE", help="over links of this rate, such as 200mbit; needs root")
@@ -57,6 +58,8 @@ class _Where:
 
 def _over_loopback(given: Any) -> dict[str, Any]:
     if not given.alone:
+        if given.gpus_per_worker:
+            raise ValueError(f"--gpus-per-worker={given.gpus_per_worker:g}: torchft's side has none; add --alone")
         peers.check()
     found: dict[str, dict[str, float]] = {}
     for islands in given.islands:
@@ -159,6 +162,7 @@ def _ours(given: Any, folder: Path, where: _Where, *, islands: int, rounds: int,
         "workload.block_steps": block_steps,
         "workload.round_steps": ROUND_STEPS,
         "workload.rest_s": REST_S,
+        "gpus_per_worker": given.gpus_per_worker,
     }
     chosen = {"codec": given.codec, "codec@codec_down": given.codec_down}
     overrides |= {key: name for key, name in chosen.items() if name is not None}

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from experiments.benchmarks import common
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,19 +38,23 @@ class Pace:
         self._files: dict[int, int] = {}  # member -> file descriptor
 
     def step(self, member: int, step: int) -> None:
-        """The member's step `step` (0-based) is about to begin."""
-        self._note(member, "asked", step)
+        """The member's step `step` (0-based) is about to begin.
+
+        On a GPU, what came before is waited for at a block's first and last step, between which times are taken.
+        """
+        edge = step % self.block_steps in (0, self.block_steps - 1)
+        self._note(member, "asked", step, gpu_bytes=_gpu_bytes() if edge and _on_gpu() else 0)
         if step % self.block_steps == 0:
             turn = _turn(self.folder, self.side, step // self.block_steps)
             while not turn.exists():
                 time.sleep(POLL_S)
             self._note(member, "began", step)
 
-    def _note(self, member: int, what: str, step: int) -> None:
+    def _note(self, member: int, what: str, step: int, *, gpu_bytes: int = 0) -> None:
         if member not in self._files:
             path = Path(self.folder) / f"{self.side}-{member}-{os.getpid()}.txt"
             self._files[member] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        line = f"{what} {step} {time.monotonic()} {time.process_time()}\n"
+        line = f"{what} {step} {time.monotonic()} {time.process_time()} {gpu_bytes}\n"
         os.write(self._files[member], line.encode())
 
 
@@ -58,6 +64,7 @@ class Stamp:
 
     monotonic_s: float
     cpu_s: float  # of the member's process since its start
+    gpu_bytes: int  # at a block's first and last step: the most that tensors took since the one before
 
 
 @dataclass(kw_only=True)
@@ -120,10 +127,16 @@ class Side:
             steps = found.setdefault(int(member), Steps(pid=int(pid)))
             for line in path.read_text().splitlines(keepends=True):
                 if line.endswith("\n"):
-                    what, step, monotonic_s, cpu_s = line.split()
+                    what, step, monotonic_s, cpu_s, gpu_bytes = line.split()
                     noted = steps.asked if what == "asked" else steps.began
-                    noted[int(step)] = Stamp(monotonic_s=float(monotonic_s), cpu_s=float(cpu_s))
+                    stamp = Stamp(monotonic_s=float(monotonic_s), cpu_s=float(cpu_s), gpu_bytes=int(gpu_bytes))
+                    noted[int(step)] = stamp
         return found
+
+    def block_s(self, block: int, block_steps: int) -> float:
+        """From the beginning of a block's first step to that of its last, for the slowest member."""
+        first, last = block * block_steps, (block + 1) * block_steps - 1
+        return max(found.start(last).monotonic_s - found.start(first).monotonic_s for found in self.steps().values())
 
     def join(self, limit_s: float = 120.0) -> None:
         """Wait for the program's end. Raises RuntimeError where it failed."""
@@ -147,7 +160,8 @@ def alternate(sides: Sequence[Side], *, blocks: int, block_steps: int) -> None:
         for side in sides:
             side.give_turn(block)
             side.wait_for((block + 1) * block_steps, limit_s=BLOCK_LIMIT_S)
-        common.show(f"block {block + 1} of {blocks} is done")
+        took = ", ".join(f"{side.side} {side.block_s(block, block_steps):.3g} s" for side in sides)
+        common.show(f"block {block + 1} of {blocks} is done: {took}")
     for side in sides:
         side.give_turn(blocks)
 
@@ -159,6 +173,18 @@ def training(overrides: Mapping[str, Any], *, workload: str) -> list[str]:
     command = [executable, "-m", "experiments.train", "--import", "experiments.benchmarks.paced"]
     fixed = {"workload": workload, "metrics.live": "false", "eval_every": 0, "checkpoint.every": 0}
     return [*command, *(f"{key}={value}" for key, value in {**fixed, **overrides}.items())]
+
+
+def _on_gpu() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _gpu_bytes() -> int:
+    """Wait for the GPU; the most that its tensors took since the last call."""
+    torch.cuda.synchronize()
+    most = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return most
 
 
 def _turn(folder: str, side: str, block: int) -> Path:

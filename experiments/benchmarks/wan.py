@@ -79,6 +79,14 @@ class Hosts:
         _limit(self.names[host], DEVICE, rate_bit_s)
         _limit(self.hub, f"host{host}", rate_bit_s)
 
+    def cut(self, host: int) -> None:
+        """Unplug a host: it keeps its address, nothing gets through, and connections hang until they time out."""
+        _ip("-n", self.hub, "link", "set", f"host{host}", "down")
+
+    def heal(self, host: int) -> None:
+        """Plug it in again."""
+        _ip("-n", self.hub, "link", "set", f"host{host}", "up")
+
     def pids(self, host: int) -> list[int]:
         """The processes in a host."""
         return [int(pid) for pid in _ip("netns", "pids", self.names[host]).split()]
@@ -94,6 +102,20 @@ class Hosts:
                 time.sleep(0.1)
 
 
+def found(prefix: str) -> Hosts:
+    """Hosts that another process has made, by what their names begin with. Raises ValueError where there are none."""
+    there = {line.split()[0] for line in _ip("netns", "list").splitlines() if line.strip()}
+    names = sorted((each for each in there if re.fullmatch(rf"{re.escape(prefix)}-\d+", each)), key=_number)
+    if len(names) < 2 or f"{prefix}-hub" not in there:
+        raise ValueError(f"there are no hosts {prefix}-0, {prefix}-1 ...; ip netns list says what there is")
+    addresses = tuple(f"{NETWORK}.{_number(name) + 1}" for name in names)
+    return Hosts(names=tuple(names), addresses=addresses, hub=f"{prefix}-hub")
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("-")[2])
+
+
 @contextmanager
 def hosts(count: int, *, rate_bit_s: int) -> Iterator[Hosts]:
     """Make so many hosts; remove them and end what runs in them afterwards, in any case.
@@ -102,6 +124,7 @@ def hosts(count: int, *, rate_bit_s: int) -> Iterator[Hosts]:
     kernel refuses.
     """
     check()
+    _clear()
     prefix = f"wan{os.getpid()}"
     made = Hosts(
         names=tuple(f"{prefix}-{host}" for host in range(count)),
@@ -115,6 +138,13 @@ def hosts(count: int, *, rate_bit_s: int) -> Iterator[Hosts]:
     finally:
         _remove(made)
         signal.signal(signal.SIGTERM, before)
+
+
+def _clear() -> None:
+    """Remove hosts whose process was killed before it could."""
+    found = [re.match(r"wan(\d+)-\S+", line) for line in _ip("netns", "list").splitlines()]
+    orphans = tuple(name[0] for name in found if name and not Path(f"/proc/{name[1]}").exists())
+    _remove(Hosts(names=orphans, addresses=(), hub=""))
 
 
 def _build(made: Hosts, rate_bit_s: int) -> None:

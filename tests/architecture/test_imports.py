@@ -19,7 +19,7 @@ TYPES = {  # records
 }
 DATA = {
     *("diloco.data", "diloco.dealing", "diloco.examples", "diloco.files", "diloco.sources", "diloco.tokens"),
-    *("diloco.prompts", "diloco.vocabulary"),
+    *("diloco.pretrained", "diloco.prompts", "diloco.vocabulary"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "diloco.messages": set(),
@@ -28,7 +28,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.pool": {"diloco.messages"},
     "diloco.progress": {"diloco.messages", "diloco.pool"},
     "diloco.paces": {"diloco.messages", "diloco.progress"},
-    "diloco.views": {"diloco.counters", "diloco.messages", "diloco.paces", "diloco.pool", "diloco.progress"},
+    "diloco.norms": {"diloco.messages", "diloco.progress"},
+    "diloco.views": {
+        *("diloco.counters", "diloco.messages", "diloco.norms", "diloco.paces", "diloco.pool", "diloco.progress"),
+    },
     "diloco.waiting": {"diloco.messages"},
     "diloco.tasks": TYPES,
     "diloco.folding": {"diloco.schedule", *TYPES},
@@ -41,6 +44,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.pushes": {"diloco.events", "diloco.messages"},
     "diloco.watch": {"diloco.records", *TYPES},
     "diloco.records": TYPES,
+    "diloco.membership": {"diloco.pushes", "diloco.records", "diloco.seats", *TYPES},
+    "diloco.patience": {"diloco.messages"},
+    "diloco.versions": set(),
+    "diloco.jobs": {"diloco.config", "diloco.runtime.base"},
     "diloco.outer": {"diloco.messages"},
     "diloco.buffers": {"diloco.messages"},
     "diloco.sums": set(),
@@ -53,10 +60,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.sparse": {"diloco.blocks", "diloco.buffers"},
     "diloco.codec": {"diloco.blocks", "diloco.buffers", "diloco.messages", "diloco.quantize", "diloco.sparse"},
     "diloco.feedback": {"diloco.codec", "diloco.messages"},
-    "diloco.schedule": {"diloco.messages", "diloco.progress", "diloco.views"},
+    "diloco.schedule": {"diloco.messages", "diloco.patience", "diloco.progress", "diloco.views"},
     "diloco.coordinator": {
         "diloco.folding",
         "diloco.hearing",
+        "diloco.membership",
         "diloco.schedule",
         "diloco.tasks",
         "diloco.records",
@@ -107,8 +115,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.starting": {"diloco.checkpoint", "diloco.messages"},
     "diloco.sharded": {"diloco.checkpoint", "diloco.messages", "diloco.workers"},
     "diloco.beside": {"diloco.rundir"},
-    "diloco.metrics": {"diloco.beside", "diloco.display", "diloco.fleet", "diloco.formats", "diloco.messages"},
-    "diloco.display": {"diloco.fleet", "diloco.formats"},
+    "diloco.metrics": {
+        *("diloco.beside", "diloco.display", "diloco.fleet", "diloco.formats", "diloco.messages"),
+        "diloco.redaction",
+    },
+    "diloco.display": {"diloco.fleet", "diloco.formats", "diloco.redaction"},
+    "diloco.redaction": set(),
     "diloco.fleet": {"diloco.formats"},
     "diloco.formats": set(),
     "diloco.rundir": {"diloco.checkpoint", "diloco.config", "diloco.messages"},
@@ -117,6 +129,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "diloco.checkpoint",
             "diloco.config",
             "diloco.messages",
+            "diloco.norms",
             "diloco.rundir",
             "diloco.seats",
             "diloco.views",
@@ -124,7 +137,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         ),
     },
     "diloco.interrupts": {"diloco.runtime.base"},
-    "diloco.summary": {"diloco.beside", "diloco.runtime.base", "diloco.counters", "diloco.messages"},
+    "diloco.summary": {
+        *("diloco.beside", "diloco.redaction", "diloco.runtime.base", "diloco.counters", "diloco.messages"),
+    },
     "diloco.plan": {"diloco.messages"},
     "diloco.planner": {
         "diloco.codec",
@@ -156,7 +171,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.workloads": set(),
     "diloco.runtime": set(),
     "dipaco.saved": set(),
-    "dipaco.features": {"dipaco.saved", "diloco.workloads.language"},
+    "dipaco.features": {"dipaco.saved", "diloco.pretrained", "diloco.workloads.language"},
     "dipaco.router": {"dipaco.saved"},
     "dipaco.shards": {"dipaco.router", "dipaco.saved"},
     "dipaco.documents": {"dipaco.saved", "diloco.dealing", "diloco.tokens", "diloco.workloads.language"},
@@ -193,17 +208,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dipaco.schedule": {"diloco.folding", "diloco.messages", "diloco.progress", "diloco.schedule", "diloco.views"},
     "dipaco.token_router": {
         *("diloco.workloads.language", "diloco.workloads.sampling", "dipaco.features", "dipaco.saved"),
+        "diloco.pretrained",
     },
     "dipaco.finished": {
         *("diloco.config", "diloco.workloads.language", "dipaco.corpus", "dipaco.documents", "dipaco.saved"),
-        *("dipaco.token_router", "dipaco.workload"),
+        *("diloco.pretrained", "dipaco.token_router", "dipaco.workload"),
     },
     "dipaco.evaluate": {
         *("dipaco.documents", "dipaco.finished", "dipaco.saved", "dipaco.shards", "dipaco.token_router"),
     },
     "dipaco.loaded": {
         *("diloco.workloads.language", "diloco.workloads.sampling", "dipaco.routing", "dipaco.saved"),
-        "dipaco.token_router",
+        *("diloco.pretrained", "dipaco.token_router"),
     },
     "dipaco": {"dipaco.config", "dipaco.loaded"},
     "experiments*": {"diloco*", "dipaco*", "experiments*"},
@@ -225,7 +241,7 @@ class Library:
 
 
 LIBRARIES = (
-    Library("ray", ("diloco.runtime.ray_*", "experiments.cli", "experiments.doctor", "experiments.benchmarks.*")),
+    Library("ray", ("diloco.runtime.ray_*", "experiments.cli", "experiments.nodes", "experiments.benchmarks.*")),
     Library("hydra", ("experiments*", "*.config", "diloco.registry")),
     Library(
         "torch.distributed",
@@ -259,7 +275,7 @@ LIBRARIES = (
 PURE = (
     *sorted(TYPES),
     *("diloco.saved_view", "diloco.saves", "diloco.pushes", "diloco.watch", "diloco.schedule", "diloco.coordinator"),
-    "diloco.plan",
+    *("diloco.hearing", "diloco.norms", "diloco.plan"),
 )
 IMPURE = ("torch", "ray", "time", "datetime", "threading", "asyncio", "os", "secrets")
 

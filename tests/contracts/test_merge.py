@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.stats import trim_mean
 
-from diloco.merge import RDA, Mean, MeanBy, Merge, Slerp
+from diloco.merge import RDA, Mean, MeanBy, Merge, Slerp, TrimmedMean
 from diloco.messages import Tensors
 
 Arrays = NDArray[np.float64]
@@ -52,12 +53,20 @@ def turned(values: Arrays, weights: Sequence[float]) -> Arrays:
     return found
 
 
+def trimmed(values: Arrays, weights: Sequence[float]) -> Arrays:
+    """.3 of four is rounded up to two, but one is left out at each end, so that something is left; of two none."""
+    result: Arrays = trim_mean(values, 0.25, axis=0)
+    return result
+
+
 ROWS = {
     "mean_uniform": Row(Mean(by=MeanBy.uniform), lambda values, _: values.mean(axis=0)),
     "mean_examples": Row(Mean(by=MeanBy.examples), by_examples),
     "rda": Row(RDA(), sizes_and_directions),
     "rda_mean": Row(RDA(mean_for="matrix|scalar"), by_examples),
     "slerp": Row(Slerp(group=".*"), lambda values, weights: turned(values, [1.0] * len(weights))),
+    "trimmed_mean": Row(TrimmedMean(trim=0.3, clip=0), trimmed),
+    "trimmed_mean_all": Row(TrimmedMean(trim=0, clip=0), lambda values, _: values.mean(axis=0)),
     "slerp_examples": Row(Slerp(group=".*", by=MeanBy.examples), turned),
 }
 WEIGHTS = [10.0, 20.0, 5.0, 65.0]

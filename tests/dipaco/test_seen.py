@@ -20,7 +20,7 @@ from dipaco.paths import Paths
 from dipaco.schedule import PathRounds
 from dipaco.workload import RoutedLM
 from tests.dipaco import planted
-from tests.toy import launch, records
+from tests.toy import launch, logged, records
 
 LM = RoutedLM(model="micro", prefix_tokens=24)
 
@@ -52,7 +52,7 @@ def test_evaluations_tell_of_the_dense_run_after_as_many_steps(run: Result, dens
     theirs = [record["eval/loss"] for record in records(dense.directory, "evaluation")]  # after 0, 2, 4, 6, 8 steps
     found = [record["beside/dense"] for record in records(run.directory, "evaluation")]  # after 0, 3, 6
     assert found == [theirs[0], theirs[1], theirs[3]]
-    lines = (run.directory / "log.txt").read_text().splitlines()
+    lines = logged(run.directory)
     assert sum(f"(dense {loss:.3f})" in line for loss in found for line in lines) == 3
 
 

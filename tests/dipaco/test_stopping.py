@@ -22,7 +22,7 @@ from dipaco.paths import Paths
 from dipaco.schedule import PathRounds
 from tests.dipaco.test_path_rounds import Pull
 from tests.dipaco.test_workload import corpus_of, folder, lm  # noqa: F401
-from tests.toy import Line, launch, records
+from tests.toy import Line, launch, logged, records
 
 BEST = (1, 4, 2)  # of each path: after this round its weights are nearest to what it is to reach
 MOVED = 0.2  # by a path's weights in a round, times the path's number from 1
@@ -158,7 +158,7 @@ def test_slices_that_cannot_be(folder: Path, settings: dict[str, float], message
 def test_what_a_run_says_of_paths_that_stopped_early(tmp_path: Path) -> None:
     run = launch(tmp_path / "run", **SETTINGS)
     early = ", ".join(f"path {path} after round {best}" for path, best in enumerate(BEST) if best != 5)
-    lines = (run.directory / "log.txt").read_text().splitlines()
+    lines = logged(run.directory)
     assert [line.partition("  ")[2].strip() for line in lines if line.startswith("stopped early")] == [early]
     assert "best round" in write_report([run.directory], tmp_path / "report").read_text(encoding="utf-8")
     (read,) = read_runs([run.directory])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from diloco import Result
+from diloco import Result, RunConfig
 from diloco.checkpoint import Checkpoint, read_source
 from diloco.inner import AdamW, RateSchedule, Sgd
 from diloco.layout import Cut, Fragments, Outside, Whole
@@ -188,8 +188,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
         (lambda: Barrier(keep=1.5), r"schedule.keep=1.5 is outside \[0, 1\]"),
         (lambda: Barrier(keep=-0.1), r"schedule.keep=-0.1 is outside"),
         (lambda: Barrier(lag=-1), r"schedule.lag=-1 must not be negative"),
-        (lambda: Barrier(late_mads=-1.0), r"late_mads=-1.0 must not be negative"),
-        (lambda: Barrier(late_floor_s=9.0, late_ceiling_s=1.0), r"late_floor_s=9.0 must be between 0 and"),
+        (lambda: RunConfig(patience=-1.0), r"patience=-1.0 is too small"),
         (lambda: Fragments(layers_per_fragment=0), r"layers_per_fragment=0 must be at least 1"),
         (lambda: Fragments(count=-1), r"layout.count=-1 must not be negative"),
         (lambda: Fragments(cut=Cut.balanced), r"layout.cut=balanced .* give layout.count"),

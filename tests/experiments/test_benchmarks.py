@@ -19,6 +19,7 @@ from experiments.benchmarks import (
     dipaco_cost,
     inner_loop,
     memory,
+    outer_parts,
     outer_round,
     peers,
     plan,
@@ -33,6 +34,7 @@ BENCHMARKS = {
     "dipaco_cost": dipaco_cost,
     "inner_loop": inner_loop,
     "memory": memory,
+    "outer_parts": outer_parts,
     "outer_round": outer_round,
     "plan": plan,
 }
@@ -82,6 +84,16 @@ def test_coordinator(tmp_path: Path) -> None:
         for key in ("events_per_s", "seconds_per_task", "slowest_event_s"):
             assert set(width[key]) == {"10", "30"}
             assert all(value > 0 for value in width[key].values())
+
+
+def test_outer_parts(tmp_path: Path) -> None:
+    found = figures("outer_parts", folder=tmp_path)
+    assert set(found["codecs"]) == set(outer_parts.WAYS)
+    for name, figure in found["codecs"].items():
+        parts = [figure[f"{part}_s"] for part in outer_parts.PARTS]
+        assert min(parts) > 0 and figure["round_s"] == pytest.approx(sum(parts), rel=1e-3)
+        down = 4.2 if name == "int4 both ways" else 32
+        assert 8 * figure["bytes_down"] == pytest.approx(down * found["parameters"], rel=0.05)
 
 
 def test_plan(tmp_path: Path) -> None:
@@ -207,12 +219,15 @@ def test_bad_options(name: str, options: list[str], capsys: pytest.CaptureFixtur
 
 def test_options_that_do_not_fit_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
-        assert "--device cpu" in refused(capsys, "codec", "--device", "cuda")
+        for name in ("codec", "inner_loop", "outer_parts"):
+            assert "--device cpu" in refused(capsys, name, "--device", "cuda")
     assert "does not divide" in refused(capsys, "coordinator", "--modules", "10", "--modules-per-path", "3")
     few = refused(capsys, "coordinator", "--islands", "2", "--modules", "10", "--modules-per-path", "1")
     assert "2 islands leave modules untrained" in few
     assert "does not divide" in refused(capsys, "inner_loop", "--batch", "3", "--accumulation", "2")
     assert "at least 2" in refused(capsys, "inner_loop", "--steps", "1")
+    assert "int3 is unknown" in refused(capsys, "outer_parts", "--ways", "int4,int3")
+    assert "add --alone" in refused(capsys, "outer_round", "--gpus-per-worker", "1")
 
 
 def test_a_missing_peer_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

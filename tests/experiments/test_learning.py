@@ -22,6 +22,7 @@ from experiments.benchmarks import (
     kinds,
     lab,
     learning,
+    poisoned,
 )
 from experiments.benchmarks.lab import Order
 from tests.dipaco import planted
@@ -64,6 +65,31 @@ def test_compression_counts_bytes_and_differences(tmp_path: Path, capsys: pytest
     sent = both["bytes_up"] + both["bytes_down"] - both["bytes_first"]  # of one first download and 7 coded ones
     assert sent == pytest.approx((8 + 7) * base["bytes_first"] * 4.125 / 32, rel=0.02)
     assert len(result["wanted"]) == 6  # type: ignore[arg-type]
+
+
+def test_poison_is_sent_merged_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert poisoned.main(["--quick", "--to", str(tmp_path)]) == 0
+    result = last_line(capsys)
+    names = set(poisoned.rows())
+    assert set(result["losses"]) == set(result["rejected"]) == names  # type: ignore[call-overload]
+    losses: dict[str, list[float]] = result["losses"]  # type: ignore[assignment]
+    assert losses["mean, flipped"] != losses["mean"] != losses["mean, constant"]
+    rejected: dict[str, Any] = result["rejected"]  # type: ignore[assignment]
+    assert {name for name, found in rejected.items() if found != [{}]} >= {"mean, nan", "trimmed mean, nan"}
+    assert rejected["mean, nan"] == [{"not_finite": 1}]  # one round
+    trimmed = {name for name in names if "trimmed mean" in name}
+    assert set(result["above_clean"]) == set(result["within"]) == trimmed  # type: ignore[call-overload]
+    assert set(result["diverged"]) == {"mean, flipped", "mean, constant"}  # type: ignore[call-overload]
+
+
+def test_what_is_wanted_of_trimmed_means() -> None:
+    names = ("mean, flipped", "mean, constant", "trimmed mean, nan", "H=10: trimmed mean, flipped")
+    losses = {"mean": [2.0, 2.0], "H=10: mean": [1.0, 1.0], names[0]: [9.0, 3.0], names[1]: [3.5, 9.0]}
+    found = poisoned.judged({**losses, names[2]: [2.04, 2.0], names[3]: [1.0, 1.5]}, [3.0, 4.0])
+    assert found["above_clean"] == {names[2]: [0.02, 0.0], names[3]: [0.0, 0.5]}
+    assert found["within"] == {names[2]: True, names[3]: False}
+    assert found["lost_of_learned"] == {names[2]: [0.04, 0.0], names[3]: [0.0, 0.167]}
+    assert found["diverged"] == {names[0]: [True, False], names[1]: [True, True]}
 
 
 def test_an_order_holds_only_where_it_does_in_every_seed() -> None:

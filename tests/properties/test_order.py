@@ -203,7 +203,7 @@ def test_one_bad_shard_rejects_all_of_a_contribution(kind: str) -> None:
     assert runtime.bits() == without.bits()
 
 
-def test_what_comes_too_late_is_counted_and_not_merged() -> None:
+def test_what_a_lost_island_had_sent_is_counted_and_not_merged() -> None:
     """Source 3 dies after it sent; its contribution to round 0 reaches the store before and after the commit."""
     expected = WithStores()
     expected.replaced["whole.0", 3, 0] = {"bad": torch.ones(1)}
@@ -223,17 +223,17 @@ def test_what_comes_too_late_is_counted_and_not_merged() -> None:
         if late_by == "after the commit":
             runtime.answer(push)
         assert [c.sources for c in runtime.commits() if c.round == 0] == [(0, 1, 2)] * 2
-        assert runtime.view.counters.late == 1
+        assert runtime.view.counters.rejected_by_reason == {"zombie": 1}
         runtime.go()
         assert runtime.stop is not None
         assert [c.sources for c in runtime.commits() if c.round > 0] == [(0, 1, 2, 3)] * 4
         assert runtime.bits() == expected.bits()
 
 
-def test_an_unknown_source_is_late() -> None:
+def test_an_unknown_source_is_not_heard() -> None:
     runtime = WithStores()
     runtime.start()
     verdict = Verdict(module=ModuleKey("whole.0/0"), source=SourceId(77), round=0, finite=True, shape_ok=True, norm=1.0)
     runtime.tell(Received(now_s=1.0, turn=Turn(source=SourceId(77), round=0, fragment=0), verdicts=(verdict,)))
-    assert runtime.view.counters.late == 1
+    assert runtime.view.counters.rejected_by_reason == {"zombie": 1}
     assert runtime.commits() == []

@@ -119,9 +119,11 @@ def test_a_run_that_diverged(tmp_path: Path) -> None:
     told += [{"time_s": 3.0, "event": "warning", "round": n, "message": "eval/loss is nan"} for n in range(3)]
     told += [{"time_s": 4.0, "event": "lost", "round": 1, "island": 0, "message": "its process died"}]
     stopped = summary("made", status="stopped", reason="all were rejected", val_loss=None, initial_val_loss=None)
+    stopped["rejected_by_reason"] = {"not_finite": 3, "norm": 0, "zombie": 1}
     page = report(write_run(tmp_path / "run", told, summed=stopped))
     check(page)
     text = words(page)
+    assert "rejected 3 not finite, 1 zombie" in text
     assert "stopped all were rejected" in text and "0:03, 3 times eval/loss is nan" in text
     assert "island 0 was lost: its process died" in text and "Nothing yet" in page
 

@@ -19,7 +19,7 @@ from diloco.layout import Fragments, Outside
 from diloco.messages import Commit, IslandId, ShardId, Snapshot, SourceId, Task
 from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
-from diloco.train import make_job
+from diloco.jobs import make_job
 from diloco.workers import World
 from tests.conftest import BASE, Start
 from tests.toy import Line, digests, launch, records

@@ -6,6 +6,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from diloco.runtime.ray_address import connect_to
 from diloco.runtime.ray_link import measured_gbits
 
 
@@ -24,3 +25,10 @@ def test_the_link_between_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not ray.is_initialized()
     finally:
         cluster.shutdown()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nobody.invalid:6379", "http://127.0.0.1:1"])
+def test_where_nobody_answers_is_said_at_once(address: str) -> None:
+    with pytest.raises(ValueError, match=f"no Ray cluster answers at {address}; start it, or unset RAY_ADDRESS"):
+        connect_to(address)
+    assert not ray.is_initialized()

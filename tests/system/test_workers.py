@@ -28,7 +28,7 @@ from diloco.replica import ReplicaKind, Single
 from diloco.runtime.base import Store
 from diloco.runtime.local import Local
 from diloco.starting import read_values
-from diloco.train import make_job
+from diloco.jobs import make_job
 from diloco.workers import World, join, meet
 from diloco.workload import Batch
 from tests.conftest import Start

@@ -1,0 +1,88 @@
+"""One kill at one moment of a run: when a process of it comes to some phase, it ends another one, or itself.
+
+A module of parts of one's own: `--import experiments.ambush`, with DILOCO_AMBUSH=VICTIM:PHASE:ROUND:FOLDER in the
+environment of all processes. FOLDER holds `runs/`, and gets a file `done` when the kill is made, which is made once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diloco import checkpoint
+from diloco.island import Island
+from diloco.messages import Commit, Contribution, Task
+from diloco.store import ModuleStore
+from experiments import aftermath
+
+VARIABLE = "DILOCO_AMBUSH"
+VICTIMS = ("rank0", "rank1", "shard", "driver", "evaluator", "node")
+PHASES = ("training", "pushing", "committing", "checkpointing")
+ISLAND = 1  # the one of whose workers one is ended
+
+
+def lay(victim: str, phase: str, round_: int, folder: Path) -> None:
+    """Wait in this process for `phase` of that round."""
+
+    def spring() -> None:
+        try:
+            os.close(os.open(folder / "done", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+        os.kill(_pid_of(victim, folder / "runs" / "latest"), signal.SIGKILL)
+
+    match phase:
+        case "training":
+            _before(Island, "train", lambda self, task, *rest: _trains(task, round_), spring)
+        case "pushing":
+            _before(ModuleStore, "push", lambda self, sent: _is_sent(sent, round_), spring)
+        case "committing":
+            _before(ModuleStore, "commit", lambda self, order: _is_step(order, round_), spring)
+        case "checkpointing":
+            _before(checkpoint, "write_modules", lambda path, states: f"round-{round_ + 1:06d}" in path, spring)
+        case _:
+            raise ValueError(f"phase {phase} is unknown; use one of {', '.join(PHASES)}")
+
+
+def _trains(task: Task, round_: int) -> bool:
+    return (task.island, task.round) == (ISLAND, round_) and task.steps > 0
+
+
+def _is_sent(sent: Contribution, round_: int) -> bool:
+    return (sent.island, sent.round) == (ISLAND, round_)
+
+
+def _is_step(order: Commit, round_: int) -> bool:
+    return order.round == round_
+
+
+def _before(owner: Any, name: str, condition: Callable[..., bool], spring: Callable[[], None]) -> None:
+    inner = getattr(owner, name)
+
+    def outer(*arguments: Any) -> Any:
+        if condition(*arguments):
+            spring()
+        return inner(*arguments)
+
+    setattr(owner, name, outer)
+
+
+def _pid_of(victim: str, run: Path) -> int:
+    """The newest process of that role, by the run's metrics."""
+    kinds = {"rank0": "island", "rank1": "island", "node": "island"}
+    found = [
+        record
+        for record in aftermath.records(run, "process")
+        if record["kind"] == kinds.get(victim, victim)
+        and record.get("island", ISLAND) == ISLAND
+        and record.get("rank", 0) == int(victim == "rank1")
+    ]
+    return int(found[-1]["raylet" if victim == "node" else "pid"])
+
+
+if given := os.environ.get(VARIABLE):
+    _victim, _phase, _round, _folder = given.split(":", 3)
+    lay(_victim, _phase, int(_round), Path(_folder))

@@ -1,0 +1,311 @@
+"""`diloco chaos` and what goes with it: schedules of faults, a journal to be replayed, kills at chosen moments."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diloco.codec import Int8
+from diloco.merge import Mean
+from diloco.messages import Commit, Contribution, IslandId, ModuleKey, Snapshot, SourceId
+from diloco.outer import Nesterov
+from diloco.store import ModuleStore
+from experiments import aftermath, chaos, cli, journal
+from experiments.benchmarks import chaos as benchmark
+from experiments.benchmarks.chaos_matrix import COMBINATIONS, ambushed
+from experiments.chaos import Act, Cast, drawn
+from tests.toy import launch
+
+ROOT = Path(__file__).resolve().parents[2]
+OF_THE_SUITE = [
+    ("rank0", "training"),
+    ("rank1", "pushing"),
+    ("shard", "committing"),
+    ("driver", "checkpointing"),
+    ("evaluator", "committing"),
+    ("node", "training"),
+]
+
+
+# --- schedules ---
+
+
+def test_the_same_seed_is_the_same_schedule() -> None:
+    given: dict[str, Any] = {"minutes": 10.0, "per_hour": 126.0, "kinds": ["kill", "stall"], "lasts_s": (2.0, 15.0)}
+    faults = drawn(seed=1, **given)
+    assert faults == drawn(seed=1, **given) != drawn(seed=2, **given)
+    assert len(faults) == 21  # 126 an hour
+    assert [fault.kind for fault in faults[:4]] == ["kill", "stall"] * 2
+    assert all(index * 3600 / 126 <= fault.at_s <= (index + 1) * 3600 / 126 for index, fault in enumerate(faults))
+    assert all(2 <= fault.lasts_s <= 15 and 0 <= fault.victim < 1 for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kinds=kill,explode"], "--kinds explode is unknown; use some of kill, stall"),
+        (["--minutes=0"], "--minutes 0 and --per-hour 125 must be positive"),
+        (["--per-hour=-1"], "must be positive"),
+        (["--lasts=9"], "--lasts 9 is not two numbers of seconds, such as 2:15"),
+        (["--lasts=9:2"], "--lasts 9:2: the first is to be the smaller"),
+        (["--kinds=cut"], "--kinds cut and slow need --hosts PREFIX"),
+        (["--kinds=join"], "--kinds join needs --join COMMAND"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    runs: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    (runs / "run").mkdir()
+    (runs / "run" / "metrics.jsonl").write_text("")
+    assert cli.main(["chaos", str(runs / "run"), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_is_none_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["chaos", str(runs / "none")]) == 2
+    assert "is no run that has begun" in capsys.readouterr().err
+
+
+# --- whom it may act on ---
+
+
+def test_only_processes_of_the_run_are_acted_on(tmp_path: Path) -> None:
+    """A number that belongs to another process by now is not."""
+    own = {"kind": "island", "island": 0, "rank": 0, "pid": os.getpid(), "raylet": 1}
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"event": "process", **own, "born": chaos.born(os.getpid())}) + "\n"
+    )
+    assert Cast(tmp_path).living("island") == []  # it does not call itself one of Ray's
+    driver = {**own, "kind": "driver", "born": chaos.born(os.getpid())}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "process", **driver}) + "\n")
+    assert [process.pid for process in Cast(tmp_path).living("driver")] == [os.getpid()]
+    driver["born"] -= 1
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "process", **driver}) + "\n")
+    assert Cast(tmp_path).living("driver") == []
+
+
+# --- what is told ---
+
+
+def test_how_long_a_run_took_to_go_on(tmp_path: Path) -> None:
+    """By hand: a kill at 20 s, told as lost at 21, a commit of the others at 24, back at 31, counted at 37."""
+
+    def line(time_s: float, event: str, **values: object) -> str:
+        return json.dumps({"time_s": time_s, "event": event, **values}) + "\n"
+
+    commits = [(12.0, [0, 1]), (24.0, [0]), (33.0, [0]), (37.0, [0, 1])]
+    lines = [line(0.5, "start", unix_s=1000.5), line(21.0, "lost", island=1), line(31.0, "joined", island=1)]
+    lines += [line(time_s, "commit", **{"outer/contributors": sources}) for time_s, sources in commits]
+    lines.sort(key=lambda each: json.loads(each)["time_s"])
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    kill = Act(unix_s=1020.0, kind="kill", target="island 1", pid=1, island=1)
+    found = aftermath.told(tmp_path, [kill], begun_s=1010.0)
+    assert found["next_commit_s"] == {"median": 4.0, "most": 4.0, "seen": 1}
+    assert found["contributes_again_s"] == {"median": 17.0, "most": 17.0, "seen": 1}
+    assert (found["islands_lost"], found["islands_joined"], found["commits"], found["not_back"]) == (1, 1, 4, 0)
+    assert aftermath.went_on(tmp_path, [kill])
+    assert not aftermath.went_on(tmp_path, [kill, Act(unix_s=1038.0, kind="stall", target="island 0")])
+    assert any("17.0 s in the median" in each for each in aftermath.lines(found))
+
+
+# --- the journal ---
+
+KEY = ModuleKey("whole/0")
+
+
+class Kept:
+    """A store with a journal of its own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("fill", "push", "commit", "load_state"):  # put back at the end
+            monkeypatch.setattr(ModuleStore, name, getattr(ModuleStore, name))
+        folder.mkdir()
+        journal.begin(folder)
+        self.folder = folder
+        self.codec = Int8()
+        self.store = self.made()
+        values = {"a": torch.arange(40.0).reshape(8, 5), "b": torch.ones(3)}
+        full = self.store._full.encode(values)
+        self.store.fill([Snapshot(module=KEY, version=0, base_version=None, payload=full)])
+        self.version = 0
+
+    def made(self) -> ModuleStore:
+        return ModuleStore(outer=Nesterov(), merge=Mean(), codec=self.codec, codec_down=self.codec)
+
+    def round(self, seed: int) -> None:
+        for source in (0, 1):
+            draw = np.random.default_rng([seed, source])
+            delta = {"a": torch.from_numpy(draw.normal(size=(8, 5)).astype("f4")), "b": torch.full((3,), 0.1 * seed)}
+            self.store.push(
+                Contribution(
+                    module=KEY,
+                    source=SourceId(source),
+                    island=IslandId(source),
+                    round=self.version,
+                    base_version=self.version,
+                    payload=self.codec.encode(delta),
+                )
+            )
+        order = Commit(module=KEY, round=self.version, sources=(SourceId(0), SourceId(1)), weights=(1.0, 1.0))
+        self.version = self.store.commit(order)
+
+
+def test_a_journal_is_replayed_to_the_same_bits_whatever_was_lost_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rounds, a return to the second, and other contributions from there on."""
+    kept = Kept(tmp_path / "journal", monkeypatch)
+    kept.round(1)
+    kept.round(2)
+    saved = kept.store.state()
+    kept.round(3)
+    lost = kept.store.state()[KEY].tensors
+    kept.store = kept.made()
+    kept.store.load_state(copy.deepcopy(saved))
+    kept.version = 2
+    kept.round(4)
+    kept.round(5)
+    job = type("Job", (), {"make_store": lambda self: kept.made()})()
+    replay = journal.Replay(job, {}, kept.folder)
+    assert replay.versions(KEY) == 4
+    states = [dict(state) for state in replay.states(KEY)]
+    assert len(states) == 5
+    held = kept.store.state()[KEY].tensors
+    assert all(torch.equal(held[name], value) for name, value in states[4].items())
+    assert all(torch.equal(saved[KEY].tensors[name], value) for name, value in states[2].items())
+    assert not torch.equal(states[3]["values/a"], lost["values/a"])
+    assert not torch.equal(states[3]["values/a"], states[2]["values/a"])  # it shows something
+
+
+def test_a_line_of_a_journal_that_was_cut_off_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept(tmp_path / "journal", monkeypatch)
+    kept.round(1)
+    (file,) = kept.folder.iterdir()
+    whole = file.read_bytes()
+    kinds = [entry.header["kind"] for entry in journal.entries(kept.folder)]
+    assert kinds == ["fill", "push", "push", "commit"]
+    file.write_bytes(whole[:-3])
+    assert [entry.header["kind"] for entry in journal.entries(kept.folder)] == kinds[:-1]
+
+
+# --- with real processes ---
+
+
+@pytest.mark.parametrize(("victim", "phase"), OF_THE_SUITE, ids=map("-".join, OF_THE_SUITE))
+def test_what_is_durable_stays_when_a_process_is_killed(victim: str, phase: str) -> None:
+    """It finishes, no round counts twice, and no process is left."""
+    assert (victim, phase) in COMBINATIONS
+    outcome = ambushed(victim, phase)
+    assert outcome.problems == ()
+    assert outcome.recoveries == (1 if victim in ("shard", "node") else 0) or victim == "driver"
+    assert outcome.islands_lost == (1 if victim.startswith("rank") else 0)
+
+
+def test_faults_for_a_running_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The benchmark with half a minute of them: kills and stalls, and the checkpoints equal a replay of the journal."""
+    code = benchmark.main(["--quick", "--to", str(tmp_path / "kept"), "islands=2", "inner_steps=4"])
+    output = capsys.readouterr().out
+    assert code == 0, output
+    figures = json.loads(output.splitlines()[-1])
+    assert figures["digests_equal"] == 1.0
+    assert figures["checkpoints"] >= 2
+    assert figures["faults"].keys() <= {"kill", "stall"} and sum(figures["faults"].values()) >= 2
+    assert figures["contributions"]["accepted"] > 0
+    told = (tmp_path / "kept" / "faults" / "chaos.txt").read_text()
+    assert re.search(r"kill +island \d", told)
+    assert "until one contributes" in told
+
+
+# --- started again by itself ---
+
+QUICK = ["--import", "tests.toy", "workload=line", "workload.batch_size=4", "name=again", "runtime=local"]
+
+
+def command(*more: str) -> list[str]:
+    return [sys.executable, "-m", "experiments.train", *QUICK, *more]
+
+
+def test_a_killed_command_goes_on_with_its_run(runs: Path) -> None:
+    """SIGKILL once there is a checkpoint; the parent starts it again, and the result is that of a run in one go."""
+    settings = ["islands=2", "rounds=30", "inner_steps=40", "checkpoint.every=1", "eval_every=0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command("--restarts", "2", *settings), env=environment, cwd=runs.parent, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        run = runs / "latest"
+        end_s = time.monotonic() + 60
+        while not list(run.glob("checkpoints/round-*/manifest.json")) and time.monotonic() < end_s:
+            time.sleep(0.05)
+        (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        _, said = parent.communicate(timeout=100)
+    assert parent.returncode == 0, said
+    assert "the run's process was killed (exit status -9); starting it again, 1 more time(s)" in said
+    assert len([folder for folder in runs.iterdir() if not folder.is_symlink()]) == 1  # the same run
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    alone = subprocess.run(command(*settings, "name=alone"), env=environment, cwd=runs.parent, capture_output=True)
+    assert alone.returncode == 0, alone.stderr
+    expected = json.loads((runs / "latest" / "summary.json").read_text())
+    same = ("weights_sha256", "outer_state_sha256", "tokens", "outer_steps", "contributions")
+    assert {key: summary[key] for key in same} == {key: expected[key] for key in same}
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "message"),
+    [
+        (["--restarts", "-1"], 2, "--restarts -1 is negative"),
+        (["--restarts", "1", "-m", "seed=1,2"], 2, "--restarts is for one run on its own: a sweep goes on"),
+        (["--restarts=x"], 2, "invalid int value"),
+        (["--restarts", "1", "islands=0"], 2, "islands=0 is too small"),  # a mistake is no reason to try again
+    ],
+)
+def test_restarts_that_cannot_be(runs: Path, given: list[str], status: int, message: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command(*given), env=environment, cwd=runs.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert "starting it again" not in done.stderr
+
+
+def test_an_interruption_is_passed_on_and_no_reason_to_start_again(runs: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    settings = ["islands=2", "rounds=100000", "inner_steps=20", "eval_every=0", "--restarts", "3"]
+    with subprocess.Popen(
+        command(*settings), env=environment, cwd=runs.parent, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        end_s = time.monotonic() + 60
+        while not (runs / "latest" / "metrics.jsonl").exists() and time.monotonic() < end_s:
+            time.sleep(0.05)
+        parent.send_signal(signal.SIGTERM)
+        _, said = parent.communicate(timeout=60)
+    assert parent.returncode == 130, said
+    assert "starting it again" not in said
+    assert json.loads((runs / "latest" / "summary.json").read_text())["status"] == "interrupted"
+
+
+def test_a_sink_takes_over_what_records_tell(runs: Path) -> None:
+    """Names of metrics of Ray, which the dashboard for Grafana uses, are those that the sink has."""
+    from diloco.runtime import ray_metrics
+
+    names = {*ray_metrics.OF_THE_RUN, *ray_metrics.OF_ISLANDS} | {f"{name}_total" for name in ray_metrics.COUNTED}
+    board = json.loads((ROOT / "docker" / "grafana.json").read_text())
+    used = {
+        name for text in re.findall(r'"expr": "([^"]*)', json.dumps(board)) for name in re.findall(r"ray_(\w+)", text)
+    }
+    assert used and used <= names, used - names
+    result = launch(runs / "run")
+    told = {(record["event"], key) for record in aftermath.records(result.directory) for key in record}
+    assert {*ray_metrics.OF_THE_RUN.values(), *ray_metrics.OF_ISLANDS.values()} <= told
