@@ -28,9 +28,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from diloco import beside
 from diloco.beside import Beside
-from diloco.display import Display, summary_table
+from diloco.display import Display
 from diloco.fleet import Record
-from diloco.formats import format_bytes, format_count, format_duration
 from diloco.redaction import redacted
 
 if TYPE_CHECKING:

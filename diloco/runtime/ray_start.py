@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import ray
@@ -192,5 +191,7 @@ def _asked(job: Job) -> str:
     return f"islands={job.islands} workers={given}"
 
 
-def _modules(names: tuple[str, ...]) -> list[ModuleType]:
-    return [importlib.import_module(name) for name in sorted({name.partition(".")[0] for name in names})]
+def _modules(names: tuple[str, ...]) -> list[str]:
+    """Where these lie: not the modules themselves, which Ray cannot copy inside a job of its own."""
+    found = [importlib.import_module(name) for name in sorted({name.partition(".")[0] for name in names})]
+    return [str([*module.__path__][0] if hasattr(module, "__path__") else module.__file__) for module in found]

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+import diloco.async_  # noqa: F401 - registers its parts
 from diloco import checkpoint as ckpt
 from diloco.config import load
 from diloco.jobs import make_job
@@ -40,8 +41,15 @@ SETTLE_COMMITS = 8  # before the time counts
 SETTINGS = [
     *("name=chaos", f"islands={ISLANDS}", "inner_steps=10", "segment_steps=5", "rounds=100000", "eval_every=50"),
     *("workload.model=micro", "data.tokenizer=bytes", "data.batch=8", "data.sequence_length=128", "inner.lr=1e-3"),
-    *("schedule=first_come", "outer=delayed_nesterov", "store.shards=2", "checkpoint.every=10", "checkpoint.keep=999"),
-    *("patience=1", "metrics.live=false"),
+    *(
+        "schedule=first_come",
+        "outer=delayed_nesterov",
+        "codec=int8",
+        "store.shards=2",
+        "checkpoint.every=10",
+        "checkpoint.keep=999",
+    ),
+    *("patience=3", "metrics.live=false"),
 ]
 
 

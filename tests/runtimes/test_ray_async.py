@@ -15,11 +15,11 @@ from diloco.async_.outer import DelayedNesterov
 from diloco.async_.quorum import Quorum
 from diloco.async_.schedule import FirstCome
 from diloco.inner import AdamW
+from diloco.jobs import make_job
 from diloco.layout import Fragments, Outside
 from diloco.messages import Commit, IslandId, ShardId, Snapshot, SourceId, Task
 from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
-from diloco.jobs import make_job
 from diloco.workers import World
 from tests.conftest import BASE, Start
 from tests.toy import Line, digests, launch, records

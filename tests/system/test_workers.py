@@ -21,6 +21,7 @@ from diloco.config import register
 from diloco.data import Data
 from diloco.fsdp2 import Fsdp2
 from diloco.inner import AdamW, Inner, Muon, Sgd
+from diloco.jobs import make_job
 from diloco.layout import Whole, check_blocks
 from diloco.messages import Contribution, IslandId, Report, ShardId, Snapshot, SourceId, Task, Tensors
 from diloco.outer import Sgd as OuterSgd
@@ -28,7 +29,6 @@ from diloco.replica import ReplicaKind, Single
 from diloco.runtime.base import Store
 from diloco.runtime.local import Local
 from diloco.starting import read_values
-from diloco.jobs import make_job
 from diloco.workers import World, join, meet
 from diloco.workload import Batch
 from tests.conftest import Start
