@@ -1,6 +1,7 @@
 # `make train` runs the main job, `make test` the whole test suite; each does all the set-up it needs.
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,11 +22,11 @@ train: $(VENV)/train.stamp
 smoke: $(VENV)/train.stamp
 	@$(BIN)/python -m experiments.train +experiment=smoke $(ARGS)
 
-# pytest comes last, so that its summary is the last line.
+# Many tests wait for processes to start: two files at a time. pytest comes last, so that its summary is the last line.
 test: $(VENV)/test.stamp
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'

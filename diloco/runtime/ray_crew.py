@@ -72,8 +72,9 @@ class Crew:
             found |= {waiting.pop(ref): get(ref) for ref in ready}
             if not ready and time.monotonic() - said_s > SAY_EVERY_S / 3:
                 said_s = time.monotonic()
-                text = ray_start.missing(self._job, sorted(waiting.values()))
-                print(f"waiting since {said_s - begun_s:.0f} s: {text}", file=sys.stderr, flush=True)
+                names = ", ".join(map(self.name, sorted(waiting.values())[: ray_start.SHOWN]))
+                more = f" and {len(waiting) - ray_start.SHOWN} more" if len(waiting) > ray_start.SHOWN else ""
+                print(f"waiting since {said_s - begun_s:.0f} s for {names}{more} to start", file=sys.stderr, flush=True)
         self.where = found
         return list(dict.fromkeys(found[island].node for island in sorted(found)))
 

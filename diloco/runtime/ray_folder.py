@@ -19,6 +19,6 @@ def check(folder: str, there: Mapping[str, RayIsland]) -> None:
         raise ValueError(f"checkpoints cannot be written to {folder}: {error}; give checkpoint.path another") from error
     if blind:
         raise ValueError(
-            f"{folder} here is not what node {', '.join(blind)} sees there: checkpoints need a folder that all nodes"
-            " see; start where it is one, or give checkpoint.path= (a folder or an fsspec URL)"
+            f"{folder} is another folder on {', '.join(sorted(blind))}: checkpoints need one that all nodes see; start"
+            " in one, or give checkpoint.path= (a folder or an fsspec URL)"
         )

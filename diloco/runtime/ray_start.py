@@ -193,5 +193,5 @@ def _asked(job: Job) -> str:
 
 def _modules(names: tuple[str, ...]) -> list[str]:
     """Where these lie: not the modules themselves, which Ray cannot copy inside a job of its own."""
-    found = [importlib.import_module(name) for name in sorted({name.partition(".")[0] for name in names})]
-    return [str([*module.__path__][0] if hasattr(module, "__path__") else module.__file__) for module in found]
+    specs = [importlib.import_module(name).__spec__ for name in sorted({name.partition(".")[0] for name in names})]
+    return [str([*(spec.submodule_search_locations or []), spec.origin][0]) for spec in specs if spec]

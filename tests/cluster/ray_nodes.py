@@ -29,9 +29,13 @@ TOY = (  # as `toy.launch` with this workload and inner optimizer
     *("--import", "tests.toy", "workload=line", "workload.dropout=0.3", "inner.lr=0.01"),
     *("inner_steps=6", "segment_steps=2", "metrics.live=false"),
 )
-NODES = (
-    "import ray; ray.init(log_to_driver=False); print(*(n['NodeManagerAddress'] for n in ray.nodes() if n['Alive']))"
-)
+NODES = """
+import sys, time, ray
+ray.init(log_to_driver=False)
+while len(there := [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]) < int(sys.argv[1]):
+    time.sleep(0.5)
+print(*there)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +77,11 @@ class Cluster:
         self.stop(host)
         self.start(host, **environment)
 
-    def nodes(self) -> list[str]:
-        """The addresses of those that there are."""
-        done = self.machines.run(0, "python", "-c", NODES, environment={"RAY_ADDRESS": self.address})
-        assert done.returncode == 0, done.stderr
+    def nodes(self, *, least: int = 1) -> list[str]:
+        """The addresses of those that there are, once they are so many."""
+        command = ["python", "-c", NODES, str(least)]
+        done = self.machines.run(0, *command, limit_s=120.0, environment={"RAY_ADDRESS": self.address})
+        assert done.returncode == 0, done.stderr or f"there are never {least} nodes"
         return done.stdout.split()
 
     def train(

@@ -9,7 +9,6 @@ import pytest
 
 from tests.cluster.hosts import ENVIRONMENT, ROOT, Machines
 from tests.cluster.ray_nodes import STORE_BYTES, Cluster
-from tests.toy import wait_for
 
 TEMPLATE = ROOT / "docker" / "cluster.yaml"
 SCRIPT = ROOT / "experiments" / "train.py"
@@ -42,11 +41,12 @@ def test_up_submit_down(machines: Machines) -> None:
     """The script is one copied file, started in the head's home, which the workers do not see."""
     file, cluster = str(filled_in(machines)), Cluster(machines=machines)
     checkpoints = machines.folder / "checkpoints"
-    overrides = ["+experiment=smoke", "islands=3", "rounds=1", "data.cache=cache", f"checkpoint.path={checkpoints}"]
+    paths = [f"data.cache={machines.folder / 'cache'}", f"checkpoint.path={checkpoints}"]
+    overrides = ["+experiment=smoke", "islands=3", "rounds=1", *paths]
     try:
         up = machines.run(0, "ray", "up", "-y", file, environment=SHELL, limit_s=120)
         assert up.returncode == 0, up.stdout + up.stderr
-        wait_for(lambda: len(cluster.nodes()) == 3, limit_s=120)
+        assert sorted(cluster.nodes(least=3)) == sorted(machines.addresses)
         done = machines.run(0, "ray", "submit", file, str(SCRIPT), "--", *overrides, environment=SHELL, limit_s=180)
         assert done.returncode == 0, done.stdout + done.stderr
         down = machines.run(0, "ray", "down", "-y", file, environment=SHELL, limit_s=120)

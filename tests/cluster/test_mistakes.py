@@ -19,7 +19,9 @@ SOON_S = 60.0  # on a busy machine; Ray by itself asks for a quarter of an hour
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     """It was said in at most two lines what is wrong."""
-    told = [line for line in done.stderr.splitlines() if not line.startswith(("preparing ", "starting ", "["))]
+    told = [
+        line for line in done.stderr.splitlines() if not line.startswith(("preparing ", "starting ", "waiting ", "["))
+    ]
     assert done.returncode == 2, done.stderr
     assert told[0].startswith("error: ") and len(told) <= 2, done.stderr
     assert all(word in " ".join(told) for word in words), told

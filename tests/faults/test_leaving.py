@@ -1,0 +1,105 @@
+"""Nodes of a Ray cluster that come, and that announce that they go: real ones, though all on this machine."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from diloco.checkpoint import Checkpoint
+from diloco.runtime.base import Store
+from diloco.runtime.ray_cluster import RayCluster
+from tests.conftest import BASE, ROOT
+from tests.faults.acting import acting, committed, told
+from tests.toy import launch, records, warned
+
+pytestmark = pytest.mark.timeout(300)  # four nodes on this machine's cores
+
+SLOW = RayCluster(tick_s=0.2, slowdown=[0.1, 0.1, 0.1])
+SETTINGS: dict[str, Any] = {**BASE, "runtime": SLOW, "islands": 3, "rounds": 12, "eval_every": 0}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """Three nodes with a place for one island each; this process is connected to the first."""
+    small = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    made = Cluster(initialize_head=True, head_node_args=small)
+    made.add_node(**small)
+    made.add_node(**small)
+    environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    ray.init(made.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def nodes(run: Path, kind: str) -> list[str]:
+    """Where the first processes of a kind were, in their order."""
+    return [record["node"] for record in told(run) if record["event"] == "process" and record["kind"] == kind]
+
+
+def announce(node: str) -> None:
+    """What a spot notice does: tell Ray that a node goes away."""
+    command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--node-id", node]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    address = ray.get_runtime_context().gcs_address
+    subprocess.run([*command, "--deadline-remaining-seconds", "60", "--address", address], check=True)
+
+
+def test_an_island_whose_node_leaves_hands_all_of_its_round_over(cluster: Cluster, runs: Path) -> None:
+    """Then a node comes, and the island goes on there: nothing of what was trained is lost in between."""
+    run = runs / "run"
+    left: list[str] = []
+
+    def leave() -> None:
+        away = {*nodes(run, "evaluator"), *nodes(run, "shard")}
+        left.append(next(node for node in nodes(run, "island") if node not in away))
+        announce(left[0])
+
+    def gone() -> bool:
+        return any(record["event"] == "lost" for record in told(run))
+
+    def come() -> None:
+        cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+
+    with acting((committed(run, 2), leave), (gone, come)):
+        result = launch(run, **{**SETTINGS, "rounds": 30, "store": Store(shards=1)})
+    (lost,) = records(run, "lost")
+    assert lost["message"] == "its node is leaving; all its work was handed over"
+    island = lost["island"]
+    summary = result.summary
+    assert (summary["islands_lost"], summary["islands_joined"], summary["recoveries"]) == (1, 1, 0)
+    assert summary["contributions"]["late"] == 0
+    counted = [island in record["outer/contributors"] for record in records(run, "commit")]
+    trained = {record["round"] for record in records(run, "segment") if record["island"] == island}
+    assert counted[0] and counted[-1] and not all(counted)
+    assert len(trained) == sum(counted)  # each round of which it trained a part counted
+    places = [r["node"] for r in records(run, "process") if r["kind"] == "island" and r["island"] == island]
+    assert places[0] == left[0] != places[-1]
+    assert any("the node of island" in message for message in warned(run))
+
+
+def test_the_store_goes_elsewhere_before_its_node_has_left(cluster: Cluster, runs: Path) -> None:
+    """With a checkpoint of that moment, so that no round is trained again."""
+    run = runs / "run"
+
+    def leave() -> None:
+        head = nodes(run, "evaluator")[0]
+        announce(next(node for node in nodes(run, "shard") if node != head))
+
+    with acting((committed(run, 2), leave)):
+        result = launch(
+            run, **{**SETTINGS, "min_islands": 1, "store": Store(shards=3), "checkpoint": Checkpoint(every=0)}
+        )
+    summary = result.summary
+    assert (summary["status"], summary["rounds"]) == ("finished", 12)
+    assert (summary["recoveries"], summary["rounds_again"]) == (1, 0)
+    assert [record["round"] for record in records(run, "commit")] == list(range(1, 13))
+    assert any("a node that holds a part of the store is leaving" in message for message in warned(run))
