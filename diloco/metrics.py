@@ -35,10 +35,7 @@ from diloco.redaction import redacted
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
-__all__ = [
-    *("Display", "Metrics", "MetricsWriter", "Record", "Sink", "WandbMode", "WandbSink"),
-    *("format_bytes", "format_count", "format_duration", "open_metrics", "summary_table"),
-]
+__all__ = ["Display", "Metrics", "MetricsWriter", "Record", "Sink", "WandbMode", "WandbSink", "open_metrics"]
 
 
 class WandbMode(Enum):

@@ -17,6 +17,8 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from diloco.display import summary_table
+from diloco.formats import format_bytes, format_count, format_duration
 from diloco.metrics import (
     Display,
     Metrics,
@@ -24,11 +26,7 @@ from diloco.metrics import (
     Record,
     Sink,
     WandbMode,
-    format_bytes,
-    format_count,
-    format_duration,
     open_metrics,
-    summary_table,
 )
 from tests.toy import logged
 

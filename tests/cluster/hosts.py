@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +133,7 @@ def machines(count: int, *, rate_bit_s: int) -> Iterator[Machines]:
     check()
     for left in FOLDERS.glob(f"{PREFIX}*"):  # by a process that was killed, and its hosts with it
         if not Path("/proc", left.name.removeprefix(PREFIX).partition("-")[0]).exists():
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=FOLDERS) as name:
         folder = Path(name)
         with wan.hosts(count, rate_bit_s=rate_bit_s) as network:
@@ -144,7 +144,7 @@ def machines(count: int, *, rate_bit_s: int) -> Iterator[Machines]:
                     firsts.append(_boot(folder, network, host))
                 pids = tuple(_first_inside(first, folder / f"{host}.log") for host, first in enumerate(firsts))
                 made = Machines(network=network, folder=folder / "shared", key=folder / "key", pids=pids)
-                _wait_for_sshd(made)
+                _wait_for_sshd(made, firsts)
                 yield made
             finally:
                 for first in firsts:  # unshare takes the host's first process along, and that one all others
@@ -199,11 +199,11 @@ def _first_inside(first: subprocess.Popen[bytes], log: Path) -> int:
     raise ValueError(f"a host does not start: {log.read_text()[-500:].strip() or 'it says nothing'}")
 
 
-def _wait_for_sshd(made: Machines) -> None:
+def _wait_for_sshd(made: Machines, firsts: Sequence[subprocess.Popen[bytes]]) -> None:
     for host, address in enumerate(made.addresses):
         end_s = time.monotonic() + START_S
         probe = ["bash", "-c", f"exec 3<>/dev/tcp/{address}/22"]
         while made.run(host, *probe, limit_s=5.0).returncode != 0:
-            if time.monotonic() > end_s:
+            if firsts[host].poll() is not None or time.monotonic() > end_s:
                 raise ValueError(f"no sshd in host {host}: {(made.key.parent / f'{host}.log').read_text()[-500:]}")
             time.sleep(0.1)
