@@ -63,13 +63,13 @@ def test_an_island_whose_node_leaves_hands_all_of_its_round_over(cluster: Cluste
         left.append(next(node for node in nodes(run, "island") if node not in away))
         announce(left[0])
 
-    def gone() -> bool:
-        return any(record["event"] == "lost" for record in told(run))
+    def missed() -> bool:
+        return any("no place for island" in record.get("message", "") for record in told(run))
 
     def come() -> None:
         cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
 
-    with acting((committed(run, 2), leave), (gone, come)):
+    with acting((committed(run, 2), leave), (missed, come)):
         result = launch(run, **{**SETTINGS, "rounds": 30, "store": Store(shards=1)})
     (lost,) = records(run, "lost")
     assert lost["message"] == "its node is leaving; all its work was handed over"
@@ -84,6 +84,8 @@ def test_an_island_whose_node_leaves_hands_all_of_its_round_over(cluster: Cluste
     places = [r["node"] for r in records(run, "process") if r["kind"] == "island" and r["island"] == island]
     assert places[0] == left[0] != places[-1]
     assert any("the node of island" in message for message in warned(run))
+    (missing,) = [message for message in warned(run) if "no place for island" in message]
+    assert missing.startswith(f"no place for island {island}, which wants 1 CPU a worker: the cluster's")
 
 
 def test_the_store_goes_elsewhere_before_its_node_has_left(cluster: Cluster, runs: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from diloco.events import Joined, Leaving, Lost, Respawn, Run, Started
-from diloco.messages import IslandId
+from diloco.events import Committed, Joined, Leaving, Log, Lost, Respawn, Run, Started
+from diloco.messages import CommitStats, IslandId, ModuleKey, SourceId
 from diloco.patience import HICCUP_S, Pulse, most_s
 from diloco.schedule import Barrier
 from tests.toy import FakeRuntime, make_view
@@ -80,6 +80,33 @@ def test_an_island_that_dies_before_its_node_has_left_is_lost_once() -> None:
     runtime.go()
     assert runtime.view.counters.islands_lost == 1
     assert runtime.stop is not None and runtime.stop.status == "finished"
+
+
+def test_an_island_that_lives_without_contributing_is_told_of() -> None:
+    """Alive and contributing are not the same: once, after three outer steps without it."""
+    runtime = begun(rounds=9)
+
+    def step(round_: int, *sources: int) -> list[str]:
+        stats = CommitStats(
+            module=ModuleKey("whole.0/0"),
+            round=round_,
+            version=round_ + 1,
+            update_square=1.0,
+            sources=tuple(map(SourceId, sources)),
+            weights=(1.0,) * len(sources),
+            gram=((1.0,),),
+            rounds=(round_,) * len(sources),
+            staleness=(0,) * len(sources),
+            scale=1.0,
+        )
+        said = runtime.tell(Committed(now_s=runtime.now_s(), stats=(stats,)))
+        return [str(c.record["message"]) for c in said if isinstance(c, Log) and c.record["event"] == "warning"]
+
+    assert step(0, 0, 1, 2) == step(1, 0, 1) == step(2, 0, 1, 2) == step(3, 0, 1) == step(4, 0, 1) == []
+    assert step(5, 0, 1) == ["of 3 islands alive, source 2 has had no part in the last 3 outer steps"]
+    assert step(6, 0, 1) == []
+    runtime.lose(2)
+    assert step(7, 0, 1) == []
 
 
 # --- deadlines ---
