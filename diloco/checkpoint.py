@@ -170,6 +170,15 @@ def probe(folder: str) -> Iterator[str]:
                 fs.rmdir(part)
 
 
+def check_writable(root: str) -> None:
+    """Raise ValueError where checkpoints cannot be written below `root`."""
+    try:
+        with probe(root):
+            pass
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"checkpoint.path: nothing can be written to {root}: {error}; give another") from error
+
+
 def sees(file: str) -> bool:
     """Whether this process sees it, perhaps a little later."""
     fs, path = fsspec.core.url_to_fs(file)

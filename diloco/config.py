@@ -125,7 +125,7 @@ class RunConfig:
             )
         if self.min_islands and self.runtime.waits_for_all:
             raise ValueError(
-                f"min_islands={self.min_islands} needs islands that come and go: use runtime=ray_cluster,"
+                "min_islands and max_islands need islands that come and go: use runtime=ray_cluster,"
                 f" and not {choice_of('runtime', self.runtime)}, whose processes wait for each other"
             )
 

@@ -92,7 +92,8 @@ def told(run: Path, acts: Sequence[Act], begun_s: float) -> dict[str, Any]:
     events = Counter(record["event"] for at_s, record in history.lines if at_s >= begun_s)
     summary: Mapping[str, Any] = {}
     with suppress(OSError, ValueError):
-        summary = json.loads((run / "summary.json").read_text())
+        if (run / "summary.json").stat().st_mtime > begun_s:  # and not of an earlier end of the same run
+            summary = json.loads((run / "summary.json").read_text())
     return {
         "faults": dict(Counter(act.kind for act in acts)),
         "islands_lost": events["lost"],

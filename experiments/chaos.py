@@ -237,7 +237,7 @@ def strike(options: argparse.Namespace) -> int:
     print(f"{len(faults)} faults in {options.minutes:g} minutes for {run}", flush=True)
 
     def over() -> bool:
-        return any(record["event"] == "end" for record in aftermath.newest(run))
+        return any(record["event"] == "end" for record in aftermath.newest(run)[-1:])
 
     begun_s = time.time()
     chaos.go(faults, over)
@@ -258,6 +258,8 @@ def _checked(options: argparse.Namespace) -> tuple[list[str], tuple[float, float
         raise ValueError(f"--kinds {unknown[0]} is unknown; use some of {', '.join(KINDS)}")
     if not (options.run / "metrics.jsonl").is_file():
         raise ValueError(f"{options.run} is no run that has begun; give its directory, such as runs/latest")
+    if any(record["event"] == "end" for record in aftermath.newest(options.run)[-1:]):
+        raise ValueError(f"{options.run} is over; give a run that is going on")
     if not options.minutes > 0 or not options.per_hour > 0:
         raise ValueError(f"--minutes {options.minutes:g} and --per-hour {options.per_hour:g} must be positive")
     try:

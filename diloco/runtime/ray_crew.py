@@ -24,6 +24,7 @@ from diloco.runtime.ray_save import Saver
 MAX_FAILED_STARTS = 3  # in a row, before there is a pause
 PAUSE_S = 30.0  # longer with each further one
 LOOK_EVERY_S = 5.0  # whether a node is about to leave, or something is missing
+MISSING_S = 15.0  # without a place, before that is said: what was ended holds its own for some seconds
 SAY_EVERY_S = 60.0
 
 
@@ -114,6 +115,7 @@ class Crew:
         if self._failed[EVALUATOR] > MAX_FAILED_STARTS:
             raise RuntimeError(f"the evaluator died {MAX_FAILED_STARTS} times without finishing a task")
         node = self.where[EVALUATOR]
+        self.warn("the evaluator is gone, and is started again")
         refs = self.replace(EVALUATOR).setup(self._modules)
         self.where[EVALUATOR] = node  # where the driver is
         self._pending.add(refs, lambda answers, error: None if error else self._here(EVALUATOR, answers))
@@ -189,7 +191,7 @@ class Crew:
         self._tell(Noticed(now_s=self.now_s(), record={"event": "process", **names, **asdict(where)}))
 
     def _say_missing(self, now_s: float) -> None:
-        waiting = sorted(i for i in self._coming if i not in self._placed and now_s - self._coming[i] > LOOK_EVERY_S)
+        waiting = sorted(i for i in self._coming if i not in self._placed and now_s - self._coming[i] > MISSING_S)
         if waiting and now_s - self._said_s > SAY_EVERY_S:
             self._said_s = now_s
             self.warn(ray_start.missing(self._job, waiting))

@@ -37,7 +37,7 @@ ISLANDS = 4
 KINDS = "kill,stall"
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 120.0
-SETTLE_COMMITS = 8  # before the time counts
+SETTLE_COMMITS = 4  # before the time counts
 SETTINGS = [
     *("name=chaos", f"islands={ISLANDS}", "inner_steps=10", "segment_steps=5", "rounds=100000", "eval_every=50"),
     *("workload.model=micro", "data.tokenizer=bytes", "data.batch=8", "data.sequence_length=128", "inner.lr=1e-3"),
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = chaos_matrix.COMBINATIONS[: 1 if options.quick else None]
         return common.run(lambda: {"benchmark": "chaos --matrix", **chaos_matrix.measure(chosen)})
     if options.quick:
-        options.minutes, options.per_hour = 0.5, 240.0
+        options.minutes, options.per_hour = 0.3, 400.0
     return common.run(lambda: measure(options, options.settings))
 
 

@@ -214,13 +214,13 @@ def test_what_is_durable_stays_when_a_process_is_killed(victim: str, phase: str)
 
 
 def test_faults_for_a_running_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The benchmark with half a minute of them: kills and stalls, and the checkpoints equal a replay of the journal."""
+    """The benchmark with some seconds of them: kills and stalls, and the checkpoints equal a replay of the journal."""
     code = benchmark.main(["--quick", "--to", str(tmp_path / "kept"), "islands=2", "inner_steps=4"])
     output = capsys.readouterr().out
     assert code == 0, output
     figures = json.loads(output.splitlines()[-1])
     assert figures["digests_equal"] == 1.0
-    assert figures["checkpoints"] >= 2
+    assert figures["checkpoints"] >= 1
     assert figures["faults"].keys() <= {"kill", "stall"} and sum(figures["faults"].values()) >= 2
     assert figures["contributions"]["accepted"] > 0
     told = (tmp_path / "kept" / "faults" / "chaos.txt").read_text()
