@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from io import BufferedIOBase, RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class Entry:
 # --- writing, in the shards ---
 
 
-def begin(folder: Path) -> None:
-    """Keep a journal of all stores of this process in a file of its own below `folder`."""
+def begin(folder: Path) -> BufferedIOBase | RawIOBase:
+    """Keep a journal of all stores of this process in a file of its own below `folder`; the file."""
     file = (folder / f"{time.time_ns()}-{os.getpid()}.journal").open("ab", buffering=0)
 
     def write(kind: str, header: Mapping[str, Any], payload: Payload | None = None) -> None:
@@ -73,6 +74,7 @@ def begin(folder: Path) -> None:
 
     for name, wrapper in {"fill": filled, "push": pushed, "commit": committed, "load_state": loaded}.items():
         setattr(ModuleStore, name, wrapper)
+    return file
 
 
 def _told(payload: Payload | None) -> dict[str, Any]:

@@ -118,7 +118,14 @@ class Crew:
         self.warn("the evaluator is gone, and is started again")
         refs = self.replace(EVALUATOR).setup(self._modules)
         self.where[EVALUATOR] = node  # where the driver is
-        self._pending.add(refs, lambda answers, error: None if error else self._here(EVALUATOR, answers))
+        self.pulse.begin(EVALUATOR, "start", self.now_s())  # before what it is asked meanwhile
+
+        def ready(answers: list[Any], error: RayError | None) -> None:
+            if error is None:
+                self.pulse.end(EVALUATOR, self.now_s())
+                self._here(EVALUATOR, answers)
+
+        self._pending.add(refs, ready)
 
     def respawn(self, island: IslandId) -> None:
         """Start an island anew; answered by `Joined`. Later, if it died again and again.

@@ -132,7 +132,7 @@ class Kept:
         for name in ("fill", "push", "commit", "load_state"):  # put back at the end
             monkeypatch.setattr(ModuleStore, name, getattr(ModuleStore, name))
         folder.mkdir()
-        journal.begin(folder)
+        self._file = journal.begin(folder)
         self.folder = folder
         self.codec = Int8()
         self.store = self.made()
@@ -140,6 +140,9 @@ class Kept:
         full = self.store._full.encode(values)
         self.store.fill([Snapshot(module=KEY, version=0, base_version=None, payload=full)])
         self.version = 0
+
+    def close(self) -> None:
+        self._file.close()
 
     def made(self) -> ModuleStore:
         return ModuleStore(outer=Nesterov(), merge=Mean(), codec=self.codec, codec_down=self.codec)
@@ -163,10 +166,11 @@ class Kept:
 
 
 def test_a_journal_is_replayed_to_the_same_bits_whatever_was_lost_in_between(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Three rounds, a return to the second, and other contributions from there on."""
     kept = Kept(tmp_path / "journal", monkeypatch)
+    request.addfinalizer(kept.close)
     kept.round(1)
     kept.round(2)
     saved = kept.store.state()
@@ -189,8 +193,11 @@ def test_a_journal_is_replayed_to_the_same_bits_whatever_was_lost_in_between(
     assert not torch.equal(states[3]["values/a"], states[2]["values/a"])  # it shows something
 
 
-def test_a_line_of_a_journal_that_was_cut_off_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_of_a_journal_that_was_cut_off_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     kept = Kept(tmp_path / "journal", monkeypatch)
+    request.addfinalizer(kept.close)
     kept.round(1)
     (file,) = kept.folder.iterdir()
     whole = file.read_bytes()
@@ -203,6 +210,7 @@ def test_a_line_of_a_journal_that_was_cut_off_is_left_out(tmp_path: Path, monkey
 # --- with real processes ---
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("victim", "phase"), OF_THE_SUITE, ids=map("-".join, OF_THE_SUITE))
 def test_what_is_durable_stays_when_a_process_is_killed(victim: str, phase: str) -> None:
     """It finishes, no round counts twice, and no process is left."""
@@ -213,6 +221,7 @@ def test_what_is_durable_stays_when_a_process_is_killed(victim: str, phase: str)
     assert outcome.islands_lost == (1 if victim.startswith("rank") else 0)
 
 
+@pytest.mark.timeout(400)
 def test_faults_for_a_running_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The benchmark with some seconds of them: kills and stalls, and the checkpoints equal a replay of the journal."""
     code = benchmark.main(["--quick", "--to", str(tmp_path / "kept"), "islands=2", "inner_steps=4"])
