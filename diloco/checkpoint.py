@@ -6,6 +6,7 @@ or absent. Paths may be fsspec URLs. Nothing is pickled (pitfall L34).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import time
@@ -26,6 +27,7 @@ from diloco.workers import World
 Empty = Callable[[str, Shape, torch.dtype], torch.Tensor]  # name, shape, dtype -> what to read a tensor into
 
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a disk without room says
 SEEN_TRIES, SEEN_PAUSE_S = 4, 0.5  # file systems of several nodes may lag
 SHARDED = "state.json"  # of a source that is spread over the workers of an island; see diloco/sharded.py
 
@@ -176,6 +178,8 @@ def check_writable(root: str) -> None:
         with probe(root):
             pass
     except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return  # which may be mended while the run goes on
         raise ValueError(f"checkpoint.path: nothing can be written to {root}: {error}; give another") from error
 
 
