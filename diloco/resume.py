@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +18,6 @@ from diloco.views import RunView
 from diloco.workload import Corpus
 
 MAX_TRIES = 3
-TAIL_BYTES = 1 << 20  # of metrics.jsonl that tell what was done last
 ELASTIC = ("min_islands", "max_islands", "patience")
 MAY_DIFFER = ("islands", "workers", "rounds", "runtime", "checkpoint", "metrics", "threads_per_worker", *ELASTIC)
 
@@ -70,7 +67,7 @@ def again(start: Start, reason: str) -> Start:
     if tries > MAX_TRIES:
         raise RuntimeError(f"{reason}; gave up after {MAX_TRIES} attempts without a new checkpoint")
     round_ = manifest["view"]["round"] if manifest else 0
-    lost = max(_committed(start.directory) - round_, 0)
+    lost = _lost_rounds(start.directory, round_)
     return replace(
         start,
         checkpoint=path,
@@ -82,16 +79,10 @@ def again(start: Start, reason: str) -> Start:
     )
 
 
-def _committed(directory: Path) -> int:
-    """Rounds that metrics.jsonl tells of."""
-    rounds = 0
-    with suppress(OSError), (directory / "metrics.jsonl").open("rb") as file:
-        file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
-        for line in file:
-            with suppress(ValueError):  # a line that was cut
-                record = json.loads(line)
-                rounds = max(rounds, record.get("total/rounds", 0))
-    return rounds
+def _lost_rounds(directory: Path, round_: int) -> int:
+    """Rounds after that one which metrics.jsonl tells of."""
+    told = (record.get("total/rounds", 0) for record in rundir.last_records(directory))
+    return max(max(told, default=0) - round_, 0)
 
 
 def newest(name: str) -> Path | None:
@@ -140,7 +131,7 @@ def _resumed(config: RunConfig, directory: Path) -> Start:
     if saved.workers != config.workers:
         notes += (f"resumed with workers={config.workers} instead of {saved.workers}: sums have another order",)
     counters = manifest["view"]["counters"]
-    lost = max(_committed(directory) - manifest["view"]["round"], 0)  # if it was killed
+    lost = _lost_rounds(directory, manifest["view"]["round"])  # if it was killed
     return Start(
         config=config,
         directory=directory,

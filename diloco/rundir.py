@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 RUNS = Path("runs")
+TAIL_BYTES = 1 << 20  # of metrics.jsonl that tell what was done last
 
 
 def new_directory(name: str) -> Path:
@@ -35,6 +38,17 @@ def point_latest(directory: Path) -> None:
 def candidates(name: str) -> list[Path]:
     """The directories of runs of this name, the newest first."""
     return sorted((path.absolute() for path in RUNS.glob(f"*_{name}") if path.is_dir()), reverse=True)
+
+
+def last_records(directory: Path, *, tail_bytes: int = TAIL_BYTES) -> list[dict[str, Any]]:
+    """The whole lines at the end of a run's metrics.jsonl; none where there is no such file."""
+    found = []
+    with suppress(OSError), (directory / "metrics.jsonl").open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - tail_bytes, 0))
+        for line in file:
+            with suppress(ValueError):  # the first and the last may be cut
+                found.append(json.loads(line))
+    return found
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

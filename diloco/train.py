@@ -116,15 +116,12 @@ class _Session:
         self._notes = [*start.notes, *start.config.notes(), *start.config.workload.warnings(corpus)]
         self._parameters = sum(math.prod(shape) for shape in shapes.values())
         self._environment = rundir.environment()
-        view.counters.recoveries, view.counters.rounds_again = start.recoveries, start.rounds_again
         view.best_folder = str(self._directory.absolute() / "best") if self._config.workload.stops_early() else ""
 
     def take_up(self, saved: Mapping[str, Any]) -> None:
         """Go on where a checkpoint left off."""
         before = len(saved["sources"])
-        counters = self._view.counters
         saved_view.load(self._view, saved)
-        self._view.counters.recoveries, self._view.counters.rounds_again = counters.recoveries, counters.rounds_again
         if before != self._config.num_sources():
             self._view.restart_rounds()
             self._notes.append(
@@ -136,6 +133,8 @@ class _Session:
 
     def run(self, begun_s: float) -> Result:
         """The main loop, and what is left behind. `begun_s`: when the run was asked for, by the monotonic clock."""
+        counters = self._view.counters
+        counters.recoveries, counters.rounds_again = self._start.recoveries, self._start.rounds_again
         self._directory.mkdir(parents=True, exist_ok=True)
         summary.write_text(self._directory / "config.yaml", configuration.to_yaml(self._config))
         rundir.point_latest(self._directory)

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diloco import rundir
+
 if TYPE_CHECKING:
     from experiments.chaos import Act
 
@@ -28,13 +30,16 @@ def records(run: Path, *events: str) -> Iterator[dict[str, Any]]:
 
 
 def newest(run: Path) -> list[dict[str, Any]]:
-    """The last of them."""
-    found = []
-    with suppress(OSError), (run / "metrics.jsonl").open("rb") as file:
-        file.seek(max(file.seek(0, 2) - TAIL_BYTES, 0))
-        for line in file:
-            with suppress(ValueError):
-                found.append(json.loads(line))
+    """The last of them; few, since this is asked again and again."""
+    return rundir.last_records(run, tail_bytes=TAIL_BYTES)
+
+
+def processes(run: Path) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """By kind (island, shard, evaluator, driver), number and rank: what was told last of the run's processes on Ray."""
+    found = {}
+    for record in records(run, "process"):
+        kind = record["kind"]
+        found[kind, record.get(kind, 0), record.get("rank", 0)] = record
     return found
 
 

@@ -72,15 +72,10 @@ def _before(owner: Any, name: str, condition: Callable[..., bool], spring: Calla
 
 def _pid_of(victim: str, run: Path) -> int:
     """The newest process of that role, by the run's metrics."""
-    kinds = {"rank0": "island", "rank1": "island", "node": "island"}
-    found = [
-        record
-        for record in aftermath.records(run, "process")
-        if record["kind"] == kinds.get(victim, victim)
-        and record.get("island", ISLAND) == ISLAND
-        and record.get("rank", 0) == int(victim == "rank1")
-    ]
-    return int(found[-1]["raylet" if victim == "node" else "pid"])
+    told = aftermath.processes(run)
+    if victim in ("rank0", "rank1", "node"):
+        return int(told["island", ISLAND, int(victim == "rank1")]["raylet" if victim == "node" else "pid"])
+    return int([record for (kind, _, _), record in told.items() if kind == victim][-1]["pid"])
 
 
 if given := os.environ.get(VARIABLE):

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from diloco.processes import born
 from experiments import aftermath
 
 SIGNALS = ("kill", "stall", "evaluator", "store", "driver", "node")
@@ -91,7 +92,7 @@ class Process(NamedTuple):
     rank: int
     pid: int
     raylet: int
-    born: int  # by the kernel, in ticks: another process with this number was born at another time
+    born: int  # see diloco/processes.py
 
 
 class Cast:
@@ -100,20 +101,14 @@ class Cast:
     def __init__(self, run: Path) -> None:
         self._run = run
 
-    def living(self, kind: str) -> list[Process]:
+    def living(self, kind_wanted: str) -> list[Process]:
         """Those of a kind: island, shard, evaluator or driver. In order."""
-        newest: dict[tuple[str, int, int], Process] = {}
-        for record in aftermath.records(self._run, "process"):
-            told = Process(
-                kind=record["kind"],
-                number=record.get(record["kind"], 0),
-                rank=record.get("rank", 0),
-                pid=record["pid"],
-                raylet=record["raylet"],
-                born=record["born"],
-            )
-            newest[told.kind, told.number, told.rank] = told
-        return [each for key, each in sorted(newest.items()) if key[0] == kind and _is_it(each)]
+        told = sorted(aftermath.processes(self._run).items())
+        there = [
+            Process(kind=kind, number=number, rank=rank, pid=each["pid"], raylet=each["raylet"], born=each["born"])
+            for (kind, number, rank), each in told
+        ]
+        return [process for process in there if process.kind == kind_wanted and _is_it(process)]
 
 
 def _is_it(process: Process) -> bool:
@@ -123,11 +118,6 @@ def _is_it(process: Process) -> bool:
         own = command.startswith(RAY.encode()) if process.kind != "driver" else bool(command)
         return own and born(process.pid) == process.born
     return False
-
-
-def born(pid: int) -> int:
-    """When a process was started, in the kernel's ticks."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 class Chaos:

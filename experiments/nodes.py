@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-CONNECT_LIMIT_S = 5
+from diloco.runtime.ray_address import listens as listens
+
 PROBE_LIMIT_S = 90
 NODE_LIMIT_S = 30  # for all nodes to answer
 PROBE_STORE_BYTES = 100 << 20
@@ -64,18 +64,6 @@ def ask(address: str) -> list[Node]:
     except (IndexError, ValueError):
         said = answer.stderr.strip().splitlines() or ["nothing was said"]
         raise NoAnswer(f"does not run an actor: {said[-1]}") from None
-
-
-def listens(address: str) -> bool:
-    """Whether anyone answers at host:port; True for addresses of another form."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        return True
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_LIMIT_S).close()
-    except OSError:
-        return False
-    return True
 
 
 def probe(address: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -18,14 +17,14 @@ from diloco.runtime import ray_start
 from diloco.runtime.base import Job
 from diloco.runtime.ray_island import RayIsland
 from diloco.runtime.ray_place import Packed, Where
-from diloco.runtime.ray_refs import Pending, get, get_all, mistake
+from diloco.runtime.ray_refs import SAY_EVERY_S, Pending, get, get_all, mistake, say_waiting
 from diloco.runtime.ray_save import Saver
 
 MAX_FAILED_STARTS = 3  # in a row, before there is a pause
 PAUSE_S = 30.0  # longer with each further one
 LOOK_EVERY_S = 5.0  # whether a node is about to leave, or something is missing
 MISSING_S = 15.0  # without a place, before that is said: what was ended holds its own for some seconds
-SAY_EVERY_S = 60.0
+SAY_MISSING_EVERY_S = 60.0
 
 
 class Crew:
@@ -71,11 +70,9 @@ class Crew:
         while len(found) < places:
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
             found |= {waiting.pop(ref): get(ref) for ref in ready}
-            if not ready and time.monotonic() - said_s > SAY_EVERY_S / 3:
+            if not ready and time.monotonic() - said_s > SAY_EVERY_S:
                 said_s = time.monotonic()
-                names = ", ".join(map(self.name, sorted(waiting.values())[: ray_start.SHOWN]))
-                more = f" and {len(waiting) - ray_start.SHOWN} more" if len(waiting) > ray_start.SHOWN else ""
-                print(f"waiting since {said_s - begun_s:.0f} s for {names}{more} to start", file=sys.stderr, flush=True)
+                say_waiting(said_s - begun_s, [self.name(island) for island in sorted(waiting.values())])
         self.where = found
         return list(dict.fromkeys(found[island].node for island in sorted(found)))
 
@@ -103,9 +100,7 @@ class Crew:
     def replace(self, island: IslandId) -> RayIsland:
         """New actors in the place of those of an island of which one died, or of the evaluator."""
         self._saver.forget(self.handles[island])
-        self.handles[island].kill()  # what is left of it
-        self.pulse.drop(island)
-        self.where.pop(island, None)
+        self._end(island)
         revived = self.handles[island] = RayIsland(self._job, self._packed, island)
         return revived
 
@@ -174,11 +169,15 @@ class Crew:
     def _count_failure(self, island: IslandId) -> None:
         self._failed[island] = self._failed.get(island, 0) + 1
 
-    def _postpone(self, island: IslandId, why: Exception) -> None:
-        """It cannot be started now: again after a pause. Raises `why` where nobody else is there."""
+    def _end(self, island: IslandId) -> None:
+        """What is left of it."""
         self.handles[island].kill()
         self.pulse.drop(island)
         self.where.pop(island, None)
+
+    def _postpone(self, island: IslandId, why: Exception) -> None:
+        """It cannot be started now: again after a pause. Raises `why` where nobody else is there."""
+        self._end(island)
         self._coming.pop(island, None)
         if not self.where.keys() - {EVALUATOR}:
             raise why
@@ -199,7 +198,7 @@ class Crew:
 
     def _say_missing(self, now_s: float) -> None:
         waiting = sorted(i for i in self._coming if i not in self._placed and now_s - self._coming[i] > MISSING_S)
-        if waiting and now_s - self._said_s > SAY_EVERY_S:
+        if waiting and now_s - self._said_s > SAY_MISSING_EVERY_S:
             self._said_s = now_s
             self.warn(ray_start.missing(self._job, waiting))
 

@@ -6,14 +6,14 @@ import importlib
 import logging
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from diloco import versions
+from diloco import processes, versions
 from diloco.runtime.base import Job
 
 
@@ -25,15 +25,16 @@ class Where:
     host: str  # its address
     pid: int
     raylet: int  # the process of Ray's that started this one, and ends with the node
-    born: int  # when it was started, by the kernel: another process with this number was started at another time
+    born: int  # see diloco/processes.py
     cpu_s: float  # that it has used so far
 
     @classmethod
     def here(cls) -> Where:
         """That of this process."""
         node = str(ray.get_runtime_context().get_node_id())
-        told = Path("/proc/self/stat")
-        born = int(told.read_text().rpartition(")")[2].split()[19]) if told.exists() else 0
+        born = 0  # where the kernel is another
+        with suppress(OSError):
+            born = processes.born(os.getpid())
         used_s = round(time.process_time(), 2)
         return cls(node=node, host=host(), pid=os.getpid(), raylet=os.getppid(), born=born, cpu_s=used_s)
 

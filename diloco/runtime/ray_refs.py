@@ -25,6 +25,7 @@ Then: TypeAlias = Callable[[list[Any], RayError | None], None]
 GONE = (RayActorError, OutOfMemoryError)  # an actor that is no more; Ray itself ends some where memory is short
 LOST = (*GONE, ObjectLostError)
 SAY_EVERY_S = 20.0
+SHOWN = 5  # names in a list
 NOT_IMPORTED = "failed to import on the worker"  # Ray's words where an actor's class is not there
 OTHERS_S = 5.0  # how long to wait for what other workers say of an error
 
@@ -117,12 +118,18 @@ def get_all(refs: Mapping[str, Sequence[Ref]]) -> None:
             get(ref)
             del waiting[ref]
         if not ready:
-            names = list(dict.fromkeys(waiting.values()))
-            seconds = time.monotonic() - start_s
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            print(
-                f"waiting since {seconds:.0f} s for {', '.join(names[:5])}{more} to start", file=sys.stderr, flush=True
-            )
+            say_waiting(time.monotonic() - start_s, list(dict.fromkeys(waiting.values())))
+
+
+def say_waiting(seconds: float, names: Sequence[str]) -> None:
+    """On stderr, while a run starts."""
+    print(f"waiting since {seconds:.0f} s for {listed(names)} to start", file=sys.stderr, flush=True)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of them, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def cause(error: Exception) -> Exception:

@@ -20,6 +20,7 @@ from diloco.messages import IslandId
 from diloco.runtime import reaper
 from diloco.runtime.base import Job
 from diloco.runtime.ray_address import connect_to
+from diloco.runtime.ray_refs import listed
 
 PROCESS_BYTES = 600 << 20  # what an island's imports and a small model take at least
 PLACEMENT_WAIT_S = 15.0  # for what a run that just ended still holds
@@ -27,7 +28,6 @@ KEPT_ROUNDS = 3  # of which the object store has room: the present one, the last
 LEAST_STORE_BYTES = 256 << 20
 LARGE_STORE_BYTES = 1 << 30  # for models of unknown size; preallocating it takes .6 s of the start
 MOST_OF_MEMORY = 0.3
-SHOWN = 5  # islands that are named
 ROUNDING = 1e-6  # 1 / .2 is a little less than 5
 
 
@@ -131,8 +131,7 @@ def missing(job: Job, islands: Sequence[IslandId]) -> str:
     there, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
     kinds = ["CPU", *(["GPU"] if job.gpus_per_worker else [])]
     have = ", ".join(f"{there.get(kind, 0.0):g} {kind} ({free.get(kind, 0.0):g} free)" for kind in kinds)
-    names = ", ".join(map(str, islands[:SHOWN])) + (f" and {len(islands) - SHOWN} more" if len(islands) > SHOWN else "")
-    nodes = len(_alive())
+    names, nodes = listed(list(map(str, islands))), len(_alive())
     return f"no place for island {names}, which wants {needs} a worker: the cluster's {nodes} node(s) have {have}"
 
 

@@ -31,7 +31,7 @@ from diloco.config import load
 from diloco.jobs import make_job
 from experiments import aftermath, chaos, journal
 from experiments.benchmarks import chaos_matrix, common
-from experiments.benchmarks.pace import ROOT
+from experiments.benchmarks.pace import ROOT, search_path
 
 ISLANDS = 4
 KINDS = "kill,stall"
@@ -57,7 +57,7 @@ SETTINGS = [
 def _training(folder: Path, journal_folder: Path | None, extra: Sequence[str]) -> Iterator[Path]:
     """A run that goes on in `folder` until the block ends, then is interrupted; its directory."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
+    environment["PYTHONPATH"] = search_path()
     if journal_folder is not None:
         journal_folder.mkdir()
         environment[journal.FOLDER] = str(journal_folder)
@@ -82,7 +82,7 @@ def _commits(run: Path) -> int:
 
 def _tokens(run: Path) -> tuple[float, int]:
     """When the newest outer step was told of, and the tokens behind all that were."""
-    commits = [record for record in aftermath.records(run, "commit")]
+    commits = list(aftermath.records(run, "commit"))
     return commits[-1]["time_s"], commits[-1]["total/tokens"]
 
 

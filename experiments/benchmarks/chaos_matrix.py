@@ -21,7 +21,7 @@ from diloco.checkpoint import CheckpointFolder
 from experiments import aftermath, ambush
 from experiments.ambush import PHASES, VICTIMS
 from experiments.benchmarks import common
-from experiments.benchmarks.pace import ROOT
+from experiments.benchmarks.pace import search_path
 
 ROUNDS, ROUND = 5, 2  # of a run; in which of them the kill is made
 STEPS, BATCH, LENGTH = 4, 4, 32
@@ -68,8 +68,7 @@ def ambushed(victim: str, phase: str) -> Outcome:
         corpus.write_text("".join(f"{i} and {i + 1} make {2 * i + 1}.\n" for i in range(4000)))
         command = [sys.executable, "-m", "experiments.train", "--restarts", "3", "--import", "experiments.ambush"]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        environment |= {ambush.VARIABLE: f"{victim}:{phase}:{ROUND}:{folder}"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
+        environment |= {ambush.VARIABLE: f"{victim}:{phase}:{ROUND}:{folder}", "PYTHONPATH": search_path()}
         with (folder / "output.txt").open("wb") as output:
             process = subprocess.Popen(
                 [*command, *settings(corpus)], cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT

@@ -26,6 +26,11 @@ BLOCK_LIMIT_S = 600.0
 POLL_S = 0.005
 
 
+def search_path() -> str:
+    """PYTHONPATH of processes that are to find this repository before anything else."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+
+
 @dataclass(kw_only=True)
 class Pace:
     """What a member keeps; made in its process."""
@@ -88,14 +93,13 @@ class Side:
     ) -> None:
         self.folder, self.side, self.members = folder, side, members
         self._log = folder / f"{side}.log"
-        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=log,
                 cwd=folder,  # where a run leaves its directory
-                env={**os.environ, "PYTHONPATH": paths, **environment},
+                env={**os.environ, "PYTHONPATH": search_path(), **environment},
                 start_new_session=True,
             )
         try:  # one side after the other, or Ray may find the machine too busy to start on

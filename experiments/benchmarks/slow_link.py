@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks import common, wan
-from experiments.benchmarks.pace import ROOT
+from experiments.benchmarks.pace import search_path
 
 PARALLEL, DILOCO, STREAMING, CODED = "data parallel", "diloco", "streaming", "streaming int4"
 LAG = 5
@@ -93,8 +93,7 @@ class Lab:
         }
         overrides = [f"{key}={value}" for key, value in {**fixed, **settings}.items()]
         command = self._made.command(0, [sys.executable, "-m", "experiments.train", *overrides])
-        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        environment = {**os.environ, "PYTHONPATH": paths, **self._environment}
+        environment = {**os.environ, "PYTHONPATH": search_path(), **self._environment}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(" | ".join([line for line in done.stderr.splitlines() if line.strip()][-4:]))

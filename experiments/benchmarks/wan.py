@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.benchmarks import common
-from experiments.benchmarks.pace import ROOT
+from experiments.benchmarks.pace import search_path
 
 PACKAGES = {"ip": "iproute2", "tc": "iproute2", "iperf3": "iperf3"}  # command -> what to install for it
 NETWORK = "10.77.0"  # host k has the address NETWORK.(k+1)
@@ -222,8 +222,7 @@ def start_ray(made: Hosts, folder: Path, *, object_store_bytes: int) -> dict[str
     """
     address = f"{made.addresses[0]}:{RAY_PORT}"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**RAY_SETTINGS, **os.environ, **token, "PYTHONPATH": paths}
+    environment = {**RAY_SETTINGS, **os.environ, **token, "PYTHONPATH": search_path()}
     environment.pop("RAY_ADDRESS", None)
     for host in range(len(made.names)):
         role = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"] if host == 0 else [f"--address={address}"]

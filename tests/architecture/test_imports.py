@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diloco.membership": {"diloco.pushes", "diloco.records", "diloco.seats", *TYPES},
     "diloco.patience": {"diloco.messages"},
     "diloco.versions": set(),
+    "diloco.processes": set(),
     "diloco.jobs": {"diloco.config", "diloco.runtime.base"},
     "diloco.outer": {"diloco.messages"},
     "diloco.buffers": {"diloco.messages"},
