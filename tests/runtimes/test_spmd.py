@@ -84,12 +84,17 @@ SAME = (
 
 
 def run(directory: Path, runtime: Runtime | None = None, **settings: Any) -> Result:
-    """On spmd unless said otherwise; leaves no process behind."""
-    before = children()
+    """On spmd unless said otherwise."""
     found = launch(directory, **{**BASE, **settings, "runtime": runtime or Spmd()})
-    assert children() == before
     assert not dist.is_initialized()
     return found
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    before = children()  # such as another module's, which this process ran before
+    yield
+    assert children() <= before
 
 
 def children(parent: int | None = None) -> set[int]:
@@ -265,7 +270,6 @@ def test_a_killed_rank_stops_the_run_and_it_is_gone_on_with(runs: Path) -> None:
     workload = Signalling(dropout=0.3, file=str(flag), at_shard=1, at_step=2 * 6 + 3)
     with pytest.raises(RuntimeError, match=r"rank 1 \(island 1\) is gone \(killed by signal 9\); go on with resume="):
         run(runs / "run", workload=workload, **settings)
-    assert children() == set()
     assert json.loads((runs / "run" / "summary.json").read_text())["status"] == "failed"
     found = run(runs / "run", workload=workload, resume=str(runs / "run"), **settings)
     assert digests(found) == digests(launch(runs / "local", **{**BASE, **settings, "workload": workload}))
@@ -288,14 +292,21 @@ def test_what_an_island_raises_is_told_with_its_name(runs: Path) -> None:
     with pytest.raises(RuntimeError, match=r"rank 1 \(island 1\): RuntimeError: the batch cannot be made") as caught:
         run(runs / "run", workload=Failing(fails_after_step=7), imports=[__name__])
     assert "in batch" in str(caught.value.__cause__)
-    assert children() == set()
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told(runs: Path) -> None:
     (runs / "file").write_text("in the way of a folder")
-    found = run(runs / "run", checkpoint=Checkpoint(every=1, path=str(runs / "file")))
+    with pytest.raises(ValueError, match=r"checkpoint\.path: nothing can be written to .*Not a directory"):
+        run(runs / "run", checkpoint=Checkpoint(every=1, path=str(runs / "file")))
+    assert not (runs / "run").exists()
+
+
+def test_a_checkpoint_that_is_not_written_is_told_and_the_run_goes_on(runs: Path) -> None:
+    (runs / "saved" / "run").mkdir(parents=True)
+    (runs / "saved" / "run" / "round-000001.tmp").symlink_to("nowhere")  # in the way of a folder
+    found = run(runs / "run", checkpoint=Checkpoint(every=1, path=str(runs / "saved")))
     assert found.summary["status"] == "finished"
-    assert len([message for message in warned(found.directory) if "could not be written" in message]) == 3
+    assert len([message for message in warned(found.directory) if "could not be written" in message]) == 1
 
 
 # --- what is refused ---
@@ -327,7 +338,7 @@ def test_other_schedules_are_refused(schedule: Schedule, runs: Path) -> None:
 def test_a_mistake_that_an_island_finds_reaches_the_caller(runs: Path) -> None:
     with pytest.raises(ValueError, match="keeps batch statistics"):
         run(runs / "run", workload=WithBatchNorm())
-    assert children() == set() and not list(runs.iterdir())
+    assert not list(runs.iterdir())
 
 
 def test_gpus_that_are_not_there_are_refused(runs: Path) -> None:
