@@ -88,7 +88,8 @@ class RunConfig:
         least |= {"min_islands": 0, "max_islands": 0, "patience": 0, "threads_per_worker": 1, "gpus_per_worker": 0}
         for key, minimum in least.items():
             if not vars(self)[key] >= minimum:
-                raise ValueError(f"{key}={vars(self)[key]} is too small; give at least {minimum}")
+                wrong = "too small" if vars(self)[key] < minimum else "no number"
+                raise ValueError(f"{key}={vars(self)[key]} is {wrong}; give at least {minimum}")
         self._check_range()
         known = [kind.value for kind in ReplicaKind]
         if self.replica not in [*ReplicaKind, *known]:
@@ -163,13 +164,16 @@ class RunConfig:
 
     def notes(self) -> list[str]:
         """What may not be meant."""
-        paths = self.layout.num_paths()
-        if paths == 1 or self.schedule.moving:
-            return []
-        return [
-            f"schedule={choice_of('schedule', self.schedule)} keeps each of the {paths} paths on islands of its own,"
-            " and the steps of shared modules as short as they come out: for DiPaCo choose schedule=path_rounds"
-        ]
+        notes, paths = [], self.layout.num_paths()
+        if self.min_islands and not self.runtime.loses_islands:
+            runtime = choice_of("runtime", self.runtime)
+            notes.append(f"runtime={runtime} has a place for all {self.islands} islands: min_islands changes nothing")
+        if paths > 1 and not self.schedule.moving:
+            notes.append(
+                f"schedule={choice_of('schedule', self.schedule)} keeps each of the {paths} paths on islands of its own"
+                ", and the steps of shared modules as short as they come out: for DiPaCo choose schedule=path_rounds"
+            )
+        return notes
 
     def num_sources(self) -> int:
         """How many contribute: as many as islands, or as the layout has paths for."""

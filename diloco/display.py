@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections import deque
@@ -11,17 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diloco.fleet import Fleet, Record, amount, number, plain_table
-from diloco.formats import format_bytes, format_count, format_duration, format_loss, format_perplexity, format_reasons
+from diloco.formats import format_bytes, format_count, format_duration, format_loss
+from diloco.outcome import summary_rows, summary_table
 from diloco.redaction import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.live import Live
-    from rich.table import Table
 
 PACE_ROUNDS = 20  # speed and time left are measured over this many of the newest rounds
 REFRESHES_PER_S = 4
-MOST_PATHS = 8  # that are named in a line
 OTHER_LINES = 10  # of the drawing: all but the islands' rows
 
 
@@ -86,7 +86,7 @@ class Display:
     def summary(self, summary: Mapping[str, object]) -> None:
         """End the drawing and print `summary_table(summary)`, or its rows as plain lines."""
         self._stop()
-        rows = _summary_rows(summary)
+        rows = summary_rows(summary)
         width = max(len(name) for name, _ in rows)
         for name, text in rows:
             self._say(f"{name:{width}}  {text}", show=self._console is None)
@@ -114,12 +114,22 @@ class Display:
 
     def _begin(self, done: int) -> None:
         self._round, self._start = done, (done, self._now[0])
-        self._fleet.recall(self._metrics)
+        self._recall()
         if self._console is not None and self._live is None:
             from rich.live import Live
 
             self._live = Live(self, console=self._console, refresh_per_second=REFRESHES_PER_S)
             self._live.start(refresh=True)
+
+    def _recall(self) -> None:
+        """What a resumed run's metrics.jsonl tells already."""
+        with suppress(OSError, ValueError), self._metrics.open(encoding="utf-8") as file:
+            for record in map(json.loads, file):
+                self._fleet.recall(record)
+                if record["event"] == "evaluation":
+                    self._best = _least(self._best, number(record, "eval/loss"))
+                elif record["event"] == "commit":
+                    self._version = int(amount(record, "outer/version"))
 
     def _stop(self) -> None:
         live, self._live = self._live, None
@@ -155,7 +165,7 @@ class Display:
 
     def _evaluated(self, record: Record) -> None:
         self._validation = number(record, "eval/loss")
-        self._best = min((x for x in (self._validation, self._best) if x is not None), default=None)
+        self._best = _least(self._validation, self._best)
         told = {key.removeprefix("beside/"): number(record, key) for key in record if key.startswith("beside/")}
         self._beside = ", ".join(f"{label} {format_loss(loss)}" for label, loss in told.items())
         paths = [number(record, key) for key in record if key.startswith("eval/loss/")]
@@ -226,62 +236,8 @@ class Display:
         return Group(bar, "", table, *lines, "", self._fleet.table(max(1, height - OTHER_LINES - len(lines))))
 
 
-def summary_table(summary: Mapping[str, object]) -> Table:
-    """What a run came to: keys of summary.json, and the paths `run_directory`, `checkpoint` and `export`."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in _summary_rows(summary):
-        table.add_row(name, Text(text))  # Text: a path may hold what rich would take for markup
-    return table
-
-
-def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
-    status = [str(summary[key]) for key in ("status", "reason") if summary.get(key)]
-    rows = [(str(summary.get("name", "run")), ": ".join(status))]
-    before, after = number(summary, "initial_val_loss"), number(summary, "val_loss")
-    if after is not None:
-        rows.append(("validation loss", f"{format_loss(before)} before, {format_loss(after)} after"))
-    if after is not None and summary.get("perplexity", after) is not None:
-        rows.append(("perplexity", f"{format_perplexity(before)} before, {format_perplexity(after)} after"))
-    if number(summary, "reward_after") is not None:
-        first, newest, moved = (format_loss(number(summary, key)) for key in ("reward_before", "reward_after", "kl"))
-        rows.append(("reward", f"{first} before, {newest} after; {moved} nats from the reference"))
-    if number(summary, "paths"):
-        routed, dense = (format_loss(number(summary, f"{kind}_val_loss")) for kind in ("routed", "dense"))
-        rows.append((f"{summary['paths']} paths", f"{routed} routed" + (f", {dense} dense" if dense != "-" else "")))
-        rows += _early_stopping(summary)
-    wall = format_duration(amount(summary, "wall_s"))
-    speed = f"{format_count(amount(summary, 'tokens_per_s'))} a second"
-    rows += [("tokens", f"{format_count(amount(summary, 'tokens'))}, {speed}"), ("wall time", wall)]
-    sent, inside = amount(summary, "bytes_sent"), amount(summary, "bytes_inside")
-    told, within = format_bytes(sent), format_bytes(inside)
-    if inside > 0:
-        lone = summary.get("islands") == 1
-        told = f"{told}, of which {within} between workers" if lone else f"{told} between islands; {within} within them"
-    rows.append(("bytes sent", told))
-    parallel = amount(summary, "bytes_data_parallel")
-    if sent > 0 and parallel > 0:
-        more = f"{sent / parallel:.3g} times more than" if sent > parallel else f"{parallel / sent:.3g} times less than"
-        more = "as much as" if sent == parallel else more
-        rows.append(("", f"{more} data parallel would have sent ({format_bytes(parallel)})"))
-    if rejected := format_reasons(summary.get("rejected_by_reason")):
-        rows.append(("rejected contributions", rejected))
-    paths = {"run directory": "run_directory", "checkpoint": "checkpoint", "exported model": "export"}
-    return rows + [(name, str(summary[key])) for name, key in paths.items() if summary.get(key)]
-
-
-def _early_stopping(summary: Mapping[str, object]) -> list[tuple[str, str]]:
-    """Which paths count as they were before the last round; nothing without early stopping."""
-    best = summary.get("best_rounds")
-    if not isinstance(best, Mapping):
-        return []
-    early = [f"path {path} after round {round_}" for path, round_ in best.items() if round_ != summary["rounds"]]
-    more = f", and {len(early) - MOST_PATHS} more" if len(early) > MOST_PATHS else ""
-    return [("stopped early", ", ".join(early[:MOST_PATHS]) + more or "no path")]
+def _least(*losses: float | None) -> float | None:
+    return min((loss for loss in losses if loss is not None), default=None)
 
 
 def _range(losses: list[float]) -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from diloco.formats import format_count, format_loss
@@ -50,13 +47,10 @@ class Fleet:
                 for row in self._rows.values():
                     row["event"] = "lost" if row.get("event") == "lost" else "end"
 
-    def recall(self, path: Path) -> None:
+    def recall(self, record: Record) -> None:
         """Count the steps of what a resumed run's metrics.jsonl tells already."""
-        with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
-            for line in file:
-                record = json.loads(line)
-                if record["event"] == "segment":
-                    self._count(record)
+        if record["event"] == "segment":
+            self._count(record)
 
     @property
     def mean_loss(self) -> float | None:

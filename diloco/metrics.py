@@ -102,6 +102,7 @@ class MetricsWriter:
         What is told of a round after it is saved (its commit and its checkpoint) stays up to `resume_round`; what was
         told before of steps that are trained again, those after `resume_steps` (by source), goes.
         `earlier_s` is the time that the run took before it was resumed. Evaluations also tell of those `beside`.
+        `warned` are the messages of warnings that stayed.
         """
         self._sinks, self._beside = list(sinks), beside
         self._start_s = time.monotonic() - earlier_s
@@ -113,6 +114,7 @@ class MetricsWriter:
         whole = self._nbytes = kept.rfind(b"\n") + 1
         self._file.truncate(self._nbytes)
         lines = kept[:whole].splitlines(keepends=True)
+        self.warned = {json.loads(line).get("message") for line in lines if b'"event": "warning"' in line}
         once = [line for line in lines if not _is_again(line, resume_steps or {})]
         if len(once) < len(lines):
             self._file.truncate(0)

@@ -175,13 +175,14 @@ class _Session:
     def _drive(self, writer: MetricsWriter, display: Display) -> tuple[Stop, Final]:
         schedule = self._config.runtime.suited(self._config.schedule)
         coordinator = Coordinator(schedule=schedule, run=self._view)
-        for note in self._notes:
-            writer.write({"event": "warning", "round": self._view.round, "message": note})
         defaults = configuration.defaults_of_changed(self._config)
         paths = summary.told_at_start(self._view.paths, self._corpus.describe())
         now = {"round": self._view.round, "unix_s": time.time()}
         begun = {"event": "start", **now, **self._environment, "defaults": defaults, **paths}
         writer.write(begun)
+        for note in self._notes:
+            if not (self._start.recoveries and note in writer.warned):
+                writer.write({"event": "warning", "round": self._view.round, "message": note})
         stop: Stop | None = None
         counters, start_s = self._view.counters, time.monotonic()
         event: Event = Started(now_s=self._backend.now_s(), absent=self._backend.absent())

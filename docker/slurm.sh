@@ -16,6 +16,11 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 
+if [ -z "${SLURM_JOB_NODELIST-}" ]; then # --help, or started without sbatch
+    sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}//p}' "$0"
+    case "${1-}" in -h | --help) exit 0 ;; *) exit 2 ;; esac
+fi
+
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
 if [ -d .venv ]; then PATH=$PWD/.venv/bin:$PATH; fi
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -13,6 +13,7 @@ import torch
 
 from diloco import Result
 from diloco.inner import AdamW
+from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
 from tests.toy import Line, launch
 
@@ -21,7 +22,13 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 # In a worker nothing of the tests is imported but what `imports` names; it travels by Ray's py_modules.
-BASE: dict[str, Any] = {"imports": ["tests.toy"], "inner": AdamW(lr=0.01), "workload": Line(dropout=0.3)}
+# One shard, since each is a process that takes seconds to start; more of them where a test is about the store.
+BASE: dict[str, Any] = {
+    "imports": ["tests.toy"],
+    "inner": AdamW(lr=0.01),
+    "workload": Line(dropout=0.3),
+    "store": Store(shards=1),
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,8 +14,9 @@ from rich.console import Console
 from diloco import summary
 from diloco.beside import Beside, check, dense_val_loss
 from diloco.counters import Counters
-from diloco.display import Display, summary_table
+from diloco.display import Display
 from diloco.metrics import Metrics, open_metrics
+from diloco.outcome import summary_table
 
 
 def config(name: str = "own", inner_steps: int = 10, **more: Any) -> dict[str, Any]:

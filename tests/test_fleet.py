@@ -67,12 +67,22 @@ def test_staleness_has_a_column_where_there_is_any() -> None:
     assert drawn(fleet, most=1)[-1] == ["and", "1", "more"]
 
 
-def test_a_resumed_run_counts_the_steps_before(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(segment(n % 2)) + "\n" for n in range(5)))
+def test_a_resumed_run_knows_what_was_before(tmp_path: Path) -> None:
+    """The steps of each island, the best loss and the newest version, which log.txt names."""
     fleet = Fleet()
-    fleet.recall(tmp_path / "metrics.jsonl")
-    fleet.recall(tmp_path / "nothing")
+    for number in range(5):
+        fleet.recall(segment(number % 2))
     assert drawn(fleet, segment(0, 1))[1][2] == "31"
+    evaluations = [{"event": "evaluation", "round": n, "eval/loss": loss} for n, loss in enumerate([3.0, 1.5, 2.0])]
+    before = [*evaluations, commit([0], [0], **{"outer/version": 7}), segment(0)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in before))
+    display = Display(tmp_path, rounds=9, live=False)
+    display.write({"time_s": 5.0, "event": "start", "round": 2})
+    display.write({"time_s": 5.0, "event": "warning", "round": 2, "message": "said"})
+    display.write({"time_s": 6.0, "event": "evaluation", "round": 3, "eval/loss": 1.75})
+    display.close()
+    log = (tmp_path / "log.txt").read_text()
+    assert " round 2 version 7: warning: said" in log and "validation loss 1.750  best 1.500" in log
 
 
 def test_without_a_barrier_a_round_is_told_once_when_it_is_over(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from diloco.display import summary_table
 from diloco.formats import format_bytes, format_count, format_duration
 from diloco.metrics import (
     Display,
@@ -28,6 +27,7 @@ from diloco.metrics import (
     WandbMode,
     open_metrics,
 )
+from diloco.outcome import summary_table
 from tests.toy import logged
 
 SUMMARY: dict[str, object] = {

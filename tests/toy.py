@@ -61,7 +61,9 @@ from diloco.runtime.local import Local
 from diloco.schedule import Barrier, Schedule
 from diloco.views import RunView
 from diloco.workload import Batch, Corpus, Workload
+from tests.light import lighten
 
+lighten()
 
 @dataclass
 class ToyCorpus:

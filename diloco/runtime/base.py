@@ -217,6 +217,7 @@ class Runtime(ABC):
     """Where the parts of a run live; the Hydra group `runtime`."""
 
     waits_for_all: ClassVar[bool] = False  # no island may be late, or missing
+    loses_islands: ClassVar[bool] = False  # nodes come and go, and islands with them
 
     def suited(self, schedule: Schedule) -> Schedule:
         """The schedule as it is to be followed here. Raises ValueError where it cannot be."""

@@ -13,6 +13,8 @@ from diloco.runtime.ray_start import connect
 class RayCluster(Runtime):
     """Ray actors: on the cluster at `address` or RAY_ADDRESS where there is one, else on this machine."""
 
+    loses_islands = True
+
     address: str = ""
     tick_s: float = 1.0  # how often the coordinator hears of the time
     object_store_bytes: int = 0  # where Ray is started here; 0 = what a few rounds need

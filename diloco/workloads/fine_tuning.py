@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from diloco.messages import ShardId
@@ -106,9 +105,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """What transformers or peft made, without what torch wraps around it."""
     if isinstance(model, DistributedDataParallel):
         return unwrapped(model.module)
-    if isinstance(model, OptimizedModule):
-        return unwrapped(model._orig_mod)
-    return model
+    compiled = dict(model.named_children()).get("_orig_mod")  # asked so, since torch's compiler takes seconds to load
+    return model if compiled is None else unwrapped(compiled)
 
 
 def rows_of(corpus: Corpus, shard: ShardId, step: int) -> list[int]:

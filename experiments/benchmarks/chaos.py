@@ -4,8 +4,9 @@ Four islands as Ray actors for `--minutes`, under `--per-hour` faults drawn from
 worker of an island and half SIGSTOP for some seconds; before and after it half as long without faults. `ratio` is
 committed tokens a second with faults / without. A process that is started again takes CPU seconds of the other islands'
 for its imports; `ratio_net_of_restarts` leaves out that share. The journal has all contributions as they were encoded:
-every checkpoint, the last one among them, is compared with a replay of those that counted. `--matrix` instead ends
-each kind of process at each phase of a round, once.
+every checkpoint, the last one among them, is compared with a replay of those that counted. `--wan RATE` does so on a
+host for each island behind such a link (see `wan`; root), with `--kinds` such as cut,slow,node,join. `--matrix`
+instead ends each kind of process at each phase of a round, once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from diloco import checkpoint as ckpt
 from diloco.config import load
 from diloco.jobs import make_job
 from experiments import aftermath, chaos, journal
-from experiments.benchmarks import chaos_matrix, common
+from experiments.benchmarks import chaos_matrix, common, wan
 from experiments.benchmarks.pace import ROOT, search_path
 
 ISLANDS = 4
@@ -38,6 +41,7 @@ KINDS = "kill,stall"
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 120.0
 SETTLE_COMMITS = 4  # before the time counts
+STORE_BYTES = 200 << 20  # of a host
 SETTINGS = [
     *("name=chaos", f"islands={ISLANDS}", "inner_steps=10", "segment_steps=5", "rounds=100000", "eval_every=50"),
     *("workload.model=micro", "data.tokenizer=bytes", "data.batch=8", "data.sequence_length=128", "inner.lr=1e-3"),
@@ -53,15 +57,45 @@ SETTINGS = [
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the runs are: on this machine, or on hosts made for them."""
+
+    within: list[str] = field(default_factory=list)  # begins the command of a run
+    environment: dict[str, str] = field(default_factory=dict)
+    options: list[str] = field(default_factory=list)  # of `diloco chaos`
+
+    def variables(self) -> dict[str, str]:
+        """The environment of a process."""
+        own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        return {**own, "PYTHONPATH": search_path(), **self.environment}
+
+
 @contextmanager
-def _training(folder: Path, journal_folder: Path | None, extra: Sequence[str]) -> Iterator[Path]:
+def _place(rate: str | None) -> Iterator[Place]:
+    """Hosts with a Ray node each, where a rate is given. More nodes come to the last one."""
+    if rate is None:
+        yield Place()
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="wan", dir="/tmp") as name,  # the paths of Ray's sockets must be short
+        wan.hosts(ISLANDS, rate_bit_s=wan.bits_per_s(rate)) as made,
+    ):
+        environment = wan.start_ray(made, Path(name), object_store_bytes=STORE_BYTES)
+        join = shlex.join(wan.node_command(made, ISLANDS - 1, Path(name), object_store_bytes=STORE_BYTES))
+        options = [f"--hosts={made.names[0].rpartition('-')[0]}", f"--rate={rate}", f"--join={join}"]
+        yield Place(within=made.command(0, []), environment=environment, options=options)
+
+
+@contextmanager
+def _training(place: Place, folder: Path, journal_folder: Path | None, extra: Sequence[str]) -> Iterator[Path]:
     """A run that goes on in `folder` until the block ends, then is interrupted; its directory."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment["PYTHONPATH"] = search_path()
+    environment = place.variables()
     if journal_folder is not None:
         journal_folder.mkdir()
         environment[journal.FOLDER] = str(journal_folder)
-    command = [sys.executable, "-m", "experiments.train", "--import", "experiments.journal", *SETTINGS, *extra]
+    training = [sys.executable, "-m", "experiments.train", "--import", "experiments.journal", *SETTINGS, *extra]
+    command = [*place.within, *training]
     with (folder / "output.txt").open("ab") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
         run = folder / "runs" / "latest"
@@ -86,31 +120,35 @@ def _tokens(run: Path) -> tuple[float, int]:
     return commits[-1]["time_s"], commits[-1]["total/tokens"]
 
 
-def _calm(folder: Path, seconds: float, extra: Sequence[str]) -> float:
+def _calm(place: Place, folder: Path, seconds: float, extra: Sequence[str]) -> float:
     """Committed tokens a second without faults."""
     folder.mkdir()
-    with _training(folder, None, extra) as run:
+    with _training(place, folder, None, extra) as run:
         begin_s, before = _tokens(run)
         time.sleep(seconds)
         end_s, after = _tokens(run)
     return (after - before) / (end_s - begin_s)
 
 
-def _stormy(folder: Path, options: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any]:
+def _stormy(place: Place, folder: Path, options: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any]:
     """The same under faults; with what they were and what came of them."""
     folder.mkdir()
     seconds = options.minutes * 60
-    with _training(folder, folder / "journal", extra) as run:
+    with _training(place, folder, folder / "journal", extra) as run:
         begin_s, before = _tokens(run)
         arguments = [
             str(run),
             f"--minutes={options.minutes}",
             f"--per-hour={options.per_hour}",
             f"--seed={options.seed}",
+            f"--kinds={options.kinds}",
+            *place.options,
         ]
-        command = [sys.executable, "-m", "experiments.cli", "chaos", *arguments, f"--kinds={options.kinds}"]
+        command = [sys.executable, "-m", "experiments.cli", "chaos", *arguments]
         with (folder / "chaos.txt").open("wb") as output:
-            striker = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+            striker = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=place.variables()
+            )
             time.sleep(seconds)
             end_s, after = _tokens(run)
             striker.wait(chaos.END_S + STOP_LIMIT_S)
@@ -162,26 +200,27 @@ def _by_version(folder: ckpt.CheckpointFolder, key: Any) -> dict[int, list[str]]
 
 def measure(options: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any]:
     """Both sides, and the replay."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _place(options.wan) as place:
         folder = Path(options.to or scratch).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         half_s = options.minutes * 60 / 2
-        calm = [_calm(folder / "calm-before", half_s, extra)]
+        calm = [_calm(place, folder / "calm-before", half_s, extra)]
         common.show(f"without faults  {calm[0]:.0f} tokens/s")
-        storm = _stormy(folder / "faults", options, extra)
+        storm = _stormy(place, folder / "faults", options, extra)
         common.show(f"with faults     {storm['tokens_per_s']:.0f} tokens/s")
-        calm.append(_calm(folder / "calm-after", half_s, extra))
-        common.show(f"without faults  {calm[1]:.0f} tokens/s")
+        if not options.quick:
+            calm.append(_calm(place, folder / "calm-after", half_s, extra))
+            common.show(f"without faults  {calm[1]:.0f} tokens/s")
         compared = equal_to_replay(storm["run"], folder / "faults" / "journal")
         summary = json.loads((storm["run"] / "summary.json").read_text())
-    usual, report = sum(calm) / 2, storm["report"]
+    usual, report = sum(calm) / len(calm), storm["report"]
     ratio = storm["tokens_per_s"] / usual
     stolen = storm["restart_cpu_s"] / ((os.cpu_count() or 1) * storm["seconds"])
     return {
         "benchmark": "chaos",
         "minutes": options.minutes,
         "seed": options.seed,
-        "tokens_per_s": [round(each) for each in (calm[0], storm["tokens_per_s"], calm[1])],
+        "tokens_per_s": [round(each) for each in (calm[0], storm["tokens_per_s"], *calm[1:])],
         "ratio": common.rounded(ratio, digits=3),
         "ratio_net_of_restarts": common.rounded(ratio / (1 - stolen), digits=3),
         "faults": report["faults"],
@@ -206,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--per-hour", type=float, default=130.0, help="faults an hour; default 130")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=KINDS, help=f"as of `diloco chaos`; default {KINDS}")
+    parser.add_argument("--wan", metavar="RATE", help="on hosts with links of this rate, such as 100mbit")
     parser.add_argument("--matrix", action="store_true", help="each kind of process at each phase of a round instead")
     parser.add_argument("--to", type=Path, help="keep the runs and the journal in this folder")
     parser.add_argument("settings", nargs="*", help="key=value: other settings of the runs, the same for all")

@@ -225,16 +225,17 @@ def start_ray(made: Hosts, folder: Path, *, object_store_bytes: int) -> dict[str
     environment = {**RAY_SETTINGS, **os.environ, **token, "PYTHONPATH": search_path()}
     environment.pop("RAY_ADDRESS", None)
     for host in range(len(made.names)):
-        role = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"] if host == 0 else [f"--address={address}"]
-        options = [f"--node-ip-address={made.addresses[host]}", "--num-cpus=1", "--disable-usage-stats"]
-        options += [f"--object-store-memory={object_store_bytes}", f"--temp-dir={folder / f'h{host}'}"]
-        done = subprocess.run(
-            made.command(host, [str(Path(sys.executable).with_name("ray")), "start", *role, *options]),
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = node_command(made, host, folder, object_store_bytes=object_store_bytes)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"Ray did not start on host {host}: {done.stderr or done.stdout}")
     return {"RAY_ADDRESS": address, **token}
+
+
+def node_command(made: Hosts, host: int, folder: Path, *, object_store_bytes: int) -> list[str]:
+    """What starts a Ray node on a host, that of host 0 as the head, in the environment of `start_ray`."""
+    address = f"{made.addresses[0]}:{RAY_PORT}"
+    role = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"] if host == 0 else [f"--address={address}"]
+    options = [f"--node-ip-address={made.addresses[host]}", "--num-cpus=1", "--disable-usage-stats"]
+    options += [f"--object-store-memory={object_store_bytes}", f"--temp-dir={folder / f'h{host}'}"]
+    return made.command(host, [str(Path(sys.executable).with_name("ray")), "start", *role, *options])

@@ -120,7 +120,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("diloco.beside", "diloco.display", "diloco.fleet", "diloco.formats", "diloco.messages"),
         "diloco.redaction",
     },
-    "diloco.display": {"diloco.fleet", "diloco.formats", "diloco.redaction"},
+    "diloco.display": {"diloco.fleet", "diloco.formats", "diloco.outcome", "diloco.redaction"},
+    "diloco.outcome": {"diloco.fleet", "diloco.formats"},
     "diloco.redaction": set(),
     "diloco.fleet": {"diloco.formats"},
     "diloco.formats": set(),
@@ -268,7 +269,7 @@ LIBRARIES = (
     ),
     Library("sklearn", ("dipaco.features", "dipaco.router"), inside_functions=True),
     Library("scipy", ("dipaco.features",), inside_functions=True),
-    Library("rich", ("diloco.display", "diloco.fleet", "experiments*"), inside_functions=True),
+    Library("rich", ("diloco.display", "diloco.fleet", "diloco.outcome", "experiments*"), inside_functions=True),
     Library("matplotlib", ("diloco.report.*",), inside_functions=True),
     Library("wandb", ("diloco.metrics",), inside_functions=True),
 )

@@ -16,6 +16,8 @@ import pytest
 from tests.docker import nodes
 from tests.toy import wait_for
 
+pytestmark = pytest.mark.timeout(500)
+
 ROOT = Path(__file__).resolve().parents[2]
 STUBS = {
     "srun": 'while [[ ${1:-} == --* ]]; do shift; done\nexec "$@"\n',
@@ -51,13 +53,22 @@ def submitted(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), ([], 2)])
+def test_without_sbatch_it_says_what_to_do(arguments: list[str], status: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    command = ["bash", str(ROOT / "docker" / "slurm.sh"), *arguments]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert told.returncode == status and told.stderr == ""
+    assert "sbatch --nodes=4" in told.stdout and "#" not in told.stdout
+
+
 def test_a_job_runs_and_ends(folder: Path) -> None:
     job = submitted(folder, "rounds=2")
     token = folder / "runs" / ".token-7"
     wait_for(token.is_file)
     assert stat.S_IMODE(token.stat().st_mode) == 0o600 and len(token.read_text()) == 64
     wait_for(lambda: bool(nodes.descendants(job.pid)))
-    said, _ = job.communicate(timeout=100)
+    said, _ = job.communicate(timeout=200)
     assert job.returncode == 0, said
     assert "finished" in (folder / "runs" / "latest" / "summary.json").read_text()
     assert not token.exists() and not (folder / "scontrol.log").exists()
@@ -66,10 +77,10 @@ def test_a_job_runs_and_ends(folder: Path) -> None:
 def test_a_job_whose_time_is_over_asks_for_more(folder: Path) -> None:
     job = submitted(folder, "rounds=10000", "checkpoint.every=0", "eval_every=0")
     try:
-        wait_for(lambda: any("commit" in path.read_text() for path in folder.glob("runs/*/metrics.jsonl")), limit_s=90)
+        wait_for(lambda: any("commit" in path.read_text() for path in folder.glob("runs/*/metrics.jsonl")), limit_s=200)
         below = nodes.descendants(job.pid)
         job.send_signal(signal.SIGUSR1)
-        said, _ = job.communicate(timeout=90)
+        said, _ = job.communicate(timeout=200)
         assert job.returncode == 130, said
         assert (folder / "scontrol.log").read_text() == "requeue 7\n"
         assert list(folder.glob("runs/*/checkpoints/round-*/manifest.json")), said

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,17 @@ from diloco.merge import Mean
 from diloco.messages import Commit, Contribution, IslandId, ModuleKey, Snapshot, SourceId
 from diloco.outer import Nesterov
 from diloco.store import ModuleStore
-from experiments import aftermath, chaos, cli, journal
+from experiments import aftermath, chaos, cli, entry, journal
 from experiments.benchmarks import chaos as benchmark
 from experiments.benchmarks.chaos_matrix import COMBINATIONS, ambushed
 from experiments.chaos import Act, Cast, drawn
-from tests.toy import launch
+from tests.toy import launch, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 110.0  # for a command to come so far, on a busy machine
 OF_THE_SUITE = [
-    ("rank0", "training"),
     ("rank1", "pushing"),
-    ("shard", "committing"),
     ("driver", "checkpointing"),
-    ("evaluator", "committing"),
     ("node", "training"),
 ]
 
@@ -217,11 +214,11 @@ def test_what_is_durable_stays_when_a_process_is_killed(victim: str, phase: str)
     assert (victim, phase) in COMBINATIONS
     outcome = ambushed(victim, phase)
     assert outcome.problems == ()
-    assert outcome.recoveries == (1 if victim in ("shard", "node") else 0) or victim == "driver"
+    assert outcome.recoveries == (1 if victim == "node" else 0) or victim == "driver"
     assert outcome.islands_lost == (1 if victim.startswith("rank") else 0)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_faults_for_a_running_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The benchmark with some seconds of them: kills and stalls, and the checkpoints equal a replay of the journal."""
     code = benchmark.main(["--quick", "--to", str(tmp_path / "kept"), "islands=2", "inner_steps=4"])
@@ -248,25 +245,22 @@ def command(*more: str) -> list[str]:
 
 def test_a_killed_command_goes_on_with_its_run(runs: Path) -> None:
     """SIGKILL once there is a checkpoint; the parent starts it again, and the result is that of a run in one go."""
-    settings = ["islands=2", "rounds=30", "inner_steps=40", "checkpoint.every=1", "eval_every=0"]
+    settings = ["islands=2", "rounds=20", "inner_steps=40", "checkpoint.every=1", "eval_every=0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command("--restarts", "2", *settings), env=environment, cwd=runs.parent, stderr=subprocess.PIPE, text=True
     ) as parent:
         run = runs / "latest"
-        end_s = time.monotonic() + 60
-        while not list(run.glob("checkpoints/round-*/manifest.json")) and time.monotonic() < end_s:
-            time.sleep(0.05)
+        wait_for(lambda: any(run.glob("checkpoints/round-*/manifest.json")), limit_s=LIMIT_S)
         (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
-        _, said = parent.communicate(timeout=100)
+        _, said = parent.communicate(timeout=LIMIT_S)
     assert parent.returncode == 0, said
     assert "the run's process was killed (exit status -9); starting it again, 1 more time(s)" in said
     assert len([folder for folder in runs.iterdir() if not folder.is_symlink()]) == 1  # the same run
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "finished"
-    alone = subprocess.run(command(*settings, "name=alone"), env=environment, cwd=runs.parent, capture_output=True)
-    assert alone.returncode == 0, alone.stderr
+    assert entry.main([*QUICK, *settings, "name=alone"]) == 0
     expected = json.loads((runs / "latest" / "summary.json").read_text())
     same = ("weights_sha256", "outer_state_sha256", "tokens", "outer_steps", "contributions")
     assert {key: summary[key] for key in same} == {key: expected[key] for key in same}
@@ -275,18 +269,20 @@ def test_a_killed_command_goes_on_with_its_run(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "status", "message"),
     [
-        (["--restarts", "-1"], 2, "--restarts -1 is negative"),
-        (["--restarts", "1", "-m", "seed=1,2"], 2, "--restarts is for one run on its own: a sweep goes on"),
-        (["--restarts=x"], 2, "invalid int value"),
-        (["--restarts", "1", "islands=0"], 2, "islands=0 is too small"),  # a mistake is no reason to try again
+        (["--restarts", "-1"], "--restarts -1 is negative"),
+        (["--restarts", "1", "-m", "seed=1,2"], "--restarts is for one run on its own: a sweep goes on"),
+        (["--restarts=x"], "invalid int value"),
+        (["--restarts", "1", "islands=0"], "islands=0 is too small"),  # a mistake is no reason to try again
     ],
 )
-def test_restarts_that_cannot_be(runs: Path, given: list[str], status: int, message: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command(*given), env=environment, cwd=runs.parent, capture_output=True, text=True, timeout=60)
-    assert done.returncode == status
-    assert message in done.stderr
-    assert "starting it again" not in done.stderr
+def test_restarts_that_cannot_be(runs: Path, given: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = entry.main([*QUICK, *given])
+    except SystemExit as ended:  # argparse's own
+        status = int(str(ended.code))
+    told = capfd.readouterr().err
+    assert status == 2
+    assert message in told and "starting it again" not in told
 
 
 def test_an_interruption_is_passed_on_and_no_reason_to_start_again(runs: Path) -> None:
@@ -295,11 +291,9 @@ def test_an_interruption_is_passed_on_and_no_reason_to_start_again(runs: Path) -
     with subprocess.Popen(
         command(*settings), env=environment, cwd=runs.parent, stderr=subprocess.PIPE, text=True
     ) as parent:
-        end_s = time.monotonic() + 60
-        while not (runs / "latest" / "metrics.jsonl").exists() and time.monotonic() < end_s:
-            time.sleep(0.05)
+        wait_for((runs / "latest" / "metrics.jsonl").exists, limit_s=LIMIT_S)
         parent.send_signal(signal.SIGTERM)
-        _, said = parent.communicate(timeout=60)
+        _, said = parent.communicate(timeout=LIMIT_S)
     assert parent.returncode == 130, said
     assert "starting it again" not in said
     assert json.loads((runs / "latest" / "summary.json").read_text())["status"] == "interrupted"

@@ -197,9 +197,9 @@ RESUMED = {**JOINT, "islands": 1, "rounds": 4, "checkpoint": Checkpoint(every=2,
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value)
 def test_a_resumed_run_is_one_that_never_stopped(start: Start, kind: ReplicaKind) -> None:
-    """To the bit on the same number of workers; on another to rounding."""
+    """To the bit on the same number of workers; on another to rounding, which is tried of what is spread over them."""
     expected = start("whole", **RESUMED, workers=2, replica=kind)
-    for name, workers in {"same": 2, "fewer": 1}.items():
+    for name, workers in {"same": 2, **({"fewer": 1} if kind is ReplicaKind.fsdp2 else {})}.items():
         copied_until_round_2(expected.directory, Path("runs") / name)
         found = start(name, **RESUMED, workers=workers, replica=kind, resume=f"runs/{name}")
         assert found.summary["tokens"] == expected.summary["tokens"]
