@@ -64,7 +64,7 @@ def _attempt(start: resume.Start, begun_s: float) -> Result:
     """From where `start` says to the run's end. Raises StoreLost where another attempt can go on."""
     config = start.config.resolved()
     ckpt.check_writable(resume.checkpoint_root(config, start.directory))
-    job = make_job(config)
+    job = replace(make_job(config), goes_on=start.recoveries > 0)
     init_from = resume.starting_folder(config.init_from) if config.init_from and not start.checkpoint else ""
     _say("preparing the corpus and the tokenizer")
     corpus = job.corpus()

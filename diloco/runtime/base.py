@@ -74,6 +74,7 @@ class Job:
     sources: int = 0  # that contribute, each with a shard of the data; 0 = as many as islands
     moving: bool = False  # they go from island to island: what belongs to one is kept between its tasks
     min_islands: int = 0  # for which there has to be room at the start; 0 = all
+    goes_on: bool = False  # after a loss: the rest of the cluster is enough, and room for `min_islands` is waited for
     patience: float = 0.0  # see diloco/patience.py
     pauses_s: tuple[float, ...] = ()  # after each inner step of an island, to make it slow; () = none
 

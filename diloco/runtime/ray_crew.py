@@ -63,11 +63,10 @@ class Crew:
 
         Returns their nodes, each once, in the order of the islands.
         """
-        places = min(self._job.islands, ray_start.room(self._job))
         waiting = {handle.where(): island for island, handle in self.handles.items() if island != EVALUATOR}
         found: dict[IslandId, Where] = {}
         begun_s = said_s = time.monotonic()
-        while len(found) < places:
+        while len(found) < min(self._job.islands, ray_start.room(self._job)):  # nodes may be lost meanwhile
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
             found |= {waiting.pop(ref): get(ref) for ref in ready}
             if not ready and time.monotonic() - said_s > SAY_EVERY_S:

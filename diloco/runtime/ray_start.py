@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -20,7 +20,7 @@ from diloco.messages import IslandId
 from diloco.runtime import reaper
 from diloco.runtime.base import Job
 from diloco.runtime.ray_address import connect_to
-from diloco.runtime.ray_refs import listed
+from diloco.runtime.ray_refs import SAY_EVERY_S, listed
 
 PROCESS_BYTES = 600 << 20  # what an island's imports and a small model take at least
 PLACEMENT_WAIT_S = 15.0  # for what a run that just ended still holds
@@ -147,29 +147,48 @@ def _worker_places(job: Job) -> int:
 
 
 def _check_cluster(job: Job) -> None:
-    job = replace(job, workers=job.workers[: job.min_islands or job.islands])
+    """Wait until there is room for the islands that there have to be. Raises ValueError where that is in vain."""
+    least = replace(job, workers=job.workers[: job.min_islands or (1 if job.goes_on else job.islands)])
+    begun_s = said_s = time.monotonic()
+    while (lack := _lack(least)) is not None:
+        now_s = time.monotonic()
+        if not job.goes_on and (lack.of_places or now_s - begun_s > PLACEMENT_WAIT_S):
+            raise ValueError(lack.told)
+        if now_s - said_s > SAY_EVERY_S:
+            said_s = now_s
+            print(f"waiting since {now_s - begun_s:.0f} s: {lack.told}", file=sys.stderr, flush=True)
+        time.sleep(0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lack:
+    """Why a run does not fit."""
+
+    of_places: bool  # else they are taken, perhaps not for long
+    told: str
+
+
+def _lack(job: Job) -> _Lack | None:
+    """What is missing for all islands of `job`, if anything is."""
     workers, fits = sum(job.workers), _worker_places(job)
     if fits < workers:
         gpu = f" and {job.gpus_per_worker:g} GPU" if job.gpus_per_worker else ""
-        raise ValueError(
+        told = (
             f"{_asked(job)} with {job.threads_per_worker} CPU{gpu} a worker: the {len(_alive())} node(s) of the cluster"
             f" have places for {fits}; use fewer or start more nodes"
         )
+        return _Lack(of_places=True, told=told)
     wanted = {"CPU": workers * job.threads_per_worker, "GPU": workers * job.gpus_per_worker}
-    deadline_s = time.monotonic() + PLACEMENT_WAIT_S
-    while True:
-        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-        short = [name for name, amount in wanted.items() if amount > free.get(name, 0.0)]
-        if not short:
-            return
-        if time.monotonic() > deadline_s:
-            break
-        time.sleep(0.5)
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    short = [name for name, amount in wanted.items() if amount > free.get(name, 0.0)]
+    if not short:
+        return None
     name, there = short[0], ray.cluster_resources()  # type: ignore[no-untyped-call]
-    raise ValueError(
+    told = (
         f"{_asked(job)} needs {wanted[name]:g} {name}; the cluster has {there.get(name, 0.0):g}, of which"
         f" {free.get(name, 0.0):g} free; use fewer, start more nodes, or end what runs there"
     )
+    return _Lack(of_places=False, told=told)
 
 
 def _gpu_places(gpus: float, job: Job) -> int:
