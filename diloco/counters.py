@@ -63,7 +63,8 @@ class Counters:
         """What the evaluator found of the global weights after `round_` rounds: "eval/loss", and more."""
         told = {name.removeprefix("eval/"): value for name, value in metrics.items()}
         loss = told.pop("loss")
-        self.val_loss, self.measures, self.evaluated_round = loss, told, round_
+        if round_ > self.evaluated_round:  # a new evaluator may be asked again in another order
+            self.val_loss, self.measures, self.evaluated_round = loss, told, round_
         if round_ == 0:
             self.initial_val_loss, self.initial_measures = loss, told
         self.best_val_loss = loss if self.best_val_loss is None else min(loss, self.best_val_loss)

@@ -9,6 +9,7 @@ import pytest
 
 from diloco.async_.outer import DelayedNesterov
 from diloco.async_.schedule import FirstCome
+from diloco.counters import Counters
 from diloco.runtime.local import Local
 from diloco.schedule import Barrier
 from tests.toy import Constant, launch, records
@@ -57,3 +58,11 @@ def test_a_task_tells_its_steps_and_its_time_by_the_runtimes_clock(tmp_path: Pat
     over = [record["total/rounds"] for record in records(found.directory, "commit")]
     assert over == sorted(over) and over[-1] == 6
     assert all(r["total/rounds"] <= r["round"] for r in records(found.directory, "commit"))
+
+
+def test_the_newest_evaluation_counts_in_whatever_order_they_are_told() -> None:
+    counters = Counters()
+    for round_, loss in ((0, 5.0), (2, 3.0), (1, 2.0)):
+        counters.count_evaluation(round_, {"eval/loss": loss})
+    assert (counters.initial_val_loss, counters.val_loss, counters.best_val_loss) == (5.0, 3.0, 2.0)
+    assert counters.evaluated_round == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,9 +104,9 @@ class Cluster:
         return found
 
     @contextmanager
-    def training(self, name: str, *overrides: str) -> Iterator[Training]:
-        """A run, while it goes on."""
-        command = [*COMMAND, f"name={name}", *overrides]
+    def training(self, name: str, *overrides: str, within: Sequence[str] = ()) -> Iterator[Training]:
+        """A run, while it goes on; what comes before its command may hand it on to elsewhere."""
+        command = [*within, *COMMAND, f"name={name}", *overrides]
         inside = self.machines.command(0, *command, limit_s=LIMIT_S, environment=self._driver())
         with (self.machines.folder / f"{name}.txt").open("w+") as said:
             process = subprocess.Popen(inside, stdin=subprocess.DEVNULL, stdout=said, stderr=said)

@@ -56,13 +56,20 @@ def test_the_same_bits_as_in_one_process(unsteady: Cluster) -> None:
 
 
 def test_a_submitted_job(cluster: Cluster) -> None:
-    submit = ["ray", "job", "submit", "--address", cluster.dashboard, "--", "python", "-m", "experiments.train"]
-    done = cluster.machines.run(1, *submit, *SMOKE, "rounds=1", "name=job", limit_s=180)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = cluster.summary("job")
-    assert (found["status"], found["islands"], found["rounds"]) == ("finished", 3, 1)
-    assert found["run_directory"] in done.stdout, "the job's output is shown"
-    stranger = cluster.machines.run(1, *submit, "--help", environment={"RAY_AUTH_TOKEN": "0" * 64})
+    """Its driver is killed, and the command goes on with its run by itself, in the same job."""
+    submit = ["ray", "job", "submit", "--address", cluster.dashboard, "--"]
+    slow = ("rounds=8", "runtime.slowdown=[0.2,0.2,0.2]", "eval_every=0", "checkpoint.every=1", "resume=auto")
+    with cluster.training("job", "--restarts", "2", *SMOKE, *slow, within=submit) as run:
+        run.wait_for("checkpoint", round=2)
+        (driver,) = [record for record in run.records("process") if record["kind"] == "driver"]
+        host = cluster.machines.addresses.index(driver["host"])
+        assert cluster.machines.run(host, "kill", "-KILL", str(driver["pid"])).returncode == 0
+        found = run.end()
+        said = run.said.read_text()
+    assert (found["status"], found["islands"], found["rounds"]) == ("finished", 3, 8)
+    assert [record["round"] for record in run.records("commit")] == list(range(1, 9))
+    assert "starting it again, 1 more time(s)" in said and found["run_directory"] in said, "the job's output is shown"
+    stranger = cluster.machines.run(1, *submit, "ls", environment={"RAY_AUTH_TOKEN": "0" * 64})
     assert stranger.returncode != 0
 
 

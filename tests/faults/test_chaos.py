@@ -267,7 +267,7 @@ def test_a_killed_command_goes_on_with_its_run(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "status", "message"),
+    ("given", "message"),
     [
         (["--restarts", "-1"], "--restarts -1 is negative"),
         (["--restarts", "1", "-m", "seed=1,2"], "--restarts is for one run on its own: a sweep goes on"),
@@ -275,7 +275,10 @@ def test_a_killed_command_goes_on_with_its_run(runs: Path) -> None:
         (["--restarts", "1", "islands=0"], "islands=0 is too small"),  # a mistake is no reason to try again
     ],
 )
-def test_restarts_that_cannot_be(runs: Path, given: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_restarts_that_cannot_be(
+    runs: Path, given: list[str], message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     try:
         status = entry.main([*QUICK, *given])
     except SystemExit as ended:  # argparse's own

@@ -70,7 +70,7 @@ def test_an_evaluator_that_stands_still_is_replaced(start: Start, runs: Path) ->
         result = start("run", **{**SETTINGS, "eval_every": 1})
     assert result.summary["status"] == "finished"
     assert result.summary["islands_lost"] == 0
-    assert [r["round"] for r in records(run, "evaluation")] == list(range(13))
+    assert sorted(r["round"] for r in records(run, "evaluation")) == list(range(13))
     assert [message for message in warned(run) if message.startswith("the evaluator: no progress for")]
     expected = launch(runs / "local", **{**BASE, "rounds": 12})
     assert digests(result) == digests(expected)
