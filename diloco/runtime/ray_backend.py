@@ -37,7 +37,7 @@ from diloco.runtime.base import Backend, Final, Job, StoreLost, by_shard, placed
 from diloco.runtime.ray_crew import Crew
 from diloco.runtime.ray_metrics import RayMetrics
 from diloco.runtime.ray_place import Packed, Where
-from diloco.runtime.ray_refs import LOST, Pending, Ref, died, get, mistake, raise_errors, short
+from diloco.runtime.ray_refs import LOST, Pending, Ref, died, get, mistake, raise_errors, short, starting
 from diloco.runtime.ray_ring import Puller, Pusher
 from diloco.runtime.ray_save import Saver
 from diloco.runtime.ray_shards import Shards
@@ -61,6 +61,7 @@ class RayBackend(Backend):
 
     # --- start ---
 
+    @starting()
     def shapes(self) -> dict[str, Shape]:
         """Starts all actors at once, so that their imports overlap; waits for the evaluator."""
         self._crew.start()
@@ -68,6 +69,7 @@ class RayBackend(Backend):
         self._pusher = Pusher(self._pending, self._shards.nodes)
         return dict(get(self._crew.handles[EVALUATOR].built[0]))
 
+    @starting()
     def setup(self, modules: Modules) -> None:
         """Tells all islands, and waits until they are ready."""
         self._modules = modules
@@ -81,12 +83,14 @@ class RayBackend(Backend):
         """They are started once there is a place for them."""
         return self._crew.absent()
 
+    @starting()
     def check_folder(self, folder: str) -> None:
         """Asks the islands that are there, if they are on several nodes."""
         there = {where.host: self._crew.handles[island] for island, where in self._crew.where.items()}
         if len(there) > 1:
             ray_folder.check(folder, there)
 
+    @starting()
     def fill(self, init_from: str) -> Mapping[IslandId, list[ModuleKey]]:
         """The evaluator's weights go to the shards directly."""
         groups = [placed(self._modules, index) for index in range(self._job.shards)]
@@ -96,6 +100,7 @@ class RayBackend(Backend):
         asked = {island: self._crew.handles[island].adopt(digests) for island in self._crew.where}
         return {island: get(refs)[0] for island, refs in asked.items()}
 
+    @starting()
     def load(self, checkpoint: str, sources: Mapping[SourceId, int], now_s: float) -> None:
         """Shards and islands read their own files; an island that is not there yet does so when it comes."""
         self._crew.resumed(now_s)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,6 +19,8 @@ from ray.exceptions import (
     RayError,
     RayTaskError,
 )
+
+from diloco.runtime.base import StoreLost
 
 Ref: TypeAlias = Any  # ray.ObjectRef, whose parameter says nothing here
 Then: TypeAlias = Callable[[list[Any], RayError | None], None]
@@ -106,6 +109,17 @@ def get(refs: Any) -> Any:
             f"node {node[1] if node else '?'} has another version of the project, or none ({why}); install the same"
             " version on all nodes"
         ) from error
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Where a process is lost meanwhile, alone or with its node, the run can begin again: raises StoreLost."""
+    try:
+        yield
+    except GONE as error:
+        if not died(error):
+            raise
+        raise StoreLost(f"a process was lost while the run started: {short(error)}") from error
 
 
 def get_all(refs: Mapping[str, Sequence[Ref]]) -> None:

@@ -232,7 +232,7 @@ def measure(options: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any]
         "contributes_again_s": report["contributes_again_s"],
         "not_back": report["not_back"],
         "checkpoints": compared["checkpoints"],
-        "digests_equal": compared["equal"] / compared["compared"] if compared["compared"] else 0.0,
+        "digests_equal": compared["equal"] / compared["compared"] if compared["compared"] else None,  # None: on hosts
         "contributions": summary["contributions"],
         **common.environment(),
     }
