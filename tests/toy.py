@@ -286,7 +286,7 @@ register(group="workload", name="signalling", node=Signalling)
 register(group="workload", name="with_batch_norm", node=WithBatchNorm)
 
 
-def wait_for(condition: Callable[[], bool], *, limit_s: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], *, limit_s: float = 180.0) -> None:
     """Look again and again. TimeoutError where it takes too long."""
     start_s = time.monotonic()
     while not condition():
