@@ -15,7 +15,7 @@ from tests.cluster.hosts import ROOT, Machines
 from tests.toy import records, wait_for
 
 COMMAND = ("python", "-m", "experiments.train")
-LIMIT_S = 180.0  # of a run
+LIMIT_S = 280.0  # of a run
 STORE_BYTES = 100 << 20
 DASHBOARD_PORT = 8265
 NODE = {  # environment of the nodes

@@ -10,7 +10,7 @@ from tests.cluster.hosts import Machines
 from tests.cluster.ray_nodes import LIMIT_S, TOY, Cluster, Training
 from tests.toy import wait_for
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 SMOKE = ("+experiment=smoke", "rounds=2", "islands=3", "metrics.live=false", "data.cache=cache")
 CUT_S = 4.0
