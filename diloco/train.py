@@ -64,7 +64,7 @@ def _attempt(start: resume.Start, begun_s: float) -> Result:
     """From where `start` says to the run's end. Raises StoreLost where another attempt can go on."""
     config = start.config.resolved()
     ckpt.check_writable(resume.checkpoint_root(config, start.directory))
-    job = replace(make_job(config), goes_on=start.recoveries > 0)
+    job = replace(make_job(config), goes_on=start.tries > 0)
     init_from = resume.starting_folder(config.init_from) if config.init_from and not start.checkpoint else ""
     _say("preparing the corpus and the tokenizer")
     corpus = job.corpus()
@@ -181,7 +181,7 @@ class _Session:
         begun = {"event": "start", **now, **self._environment, "defaults": defaults, **paths}
         writer.write(begun)
         for note in self._notes:
-            if not (self._start.recoveries and note in writer.warned):
+            if not (self._start.tries and note in writer.warned):
                 writer.write({"event": "warning", "round": self._view.round, "message": note})
         stop: Stop | None = None
         counters, start_s = self._view.counters, time.monotonic()

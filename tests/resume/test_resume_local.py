@@ -28,7 +28,7 @@ from diloco.layout import Fragments, Outside
 from diloco.merge import Mean
 from diloco.messages import Tensors
 from diloco.outer import Nesterov
-from diloco.runtime.base import Store
+from diloco.runtime.base import Backend, Job, Store
 from diloco.runtime.local import Local, LocalBackend
 from diloco.schedule import Barrier
 from tests.toy import Line, Remembering, Signalling, assert_same_sources, digests, launch, records, warned
@@ -538,3 +538,21 @@ def test_a_checkpoint_has_every_source_as_it_was_then(runs: Path) -> None:
     found = launch(runs / "uncut", **settings, rounds=3, segment_steps=0)
     assert digests(found) == digests(expected)
     assert_same_sources(found.directory, expected.directory, rounds=3)
+
+
+def test_a_run_that_somebody_takes_up_begins_like_any_other(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it was killed with rounds that are trained again; only after a loss in the same process it makes do."""
+    settings: dict[str, Any] = {**BASE, "rounds": 2, "checkpoint": Checkpoint(every=1)}
+    launch(runs / "run", **settings)
+    with (runs / "run" / "metrics.jsonl").open("a") as told:
+        told.write('{"time_s": 9.0, "event": "commit", "round": 3, "total/rounds": 3}\n')
+    jobs: list[Job] = []
+    before = Local.open
+
+    def opened(self: Local, job: Job) -> Backend:
+        jobs.append(job)
+        return before(self, job)
+
+    monkeypatch.setattr(Local, "open", opened)
+    found = launch(runs / "run", **{**settings, "rounds": 3}, resume=str(runs / "run"))
+    assert found.summary["recoveries"] == 1 and [job.goes_on for job in jobs] == [False]
