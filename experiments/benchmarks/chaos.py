@@ -34,7 +34,7 @@ from diloco.config import load
 from diloco.jobs import make_job
 from experiments import aftermath, chaos, journal
 from experiments.benchmarks import chaos_matrix, common, wan
-from experiments.benchmarks.pace import ROOT, search_path
+from experiments.benchmarks.pace import ROOT, environment_alone
 
 ISLANDS = 4
 KINDS = "kill,stall"
@@ -67,8 +67,7 @@ class Place:
 
     def variables(self) -> dict[str, str]:
         """The environment of a process."""
-        own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        return {**own, "PYTHONPATH": search_path(), **self.environment}
+        return {**environment_alone(), **self.environment}
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Used by `python -m experiments.benchmarks.chaos --matrix`, and for some combinat
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from diloco.checkpoint import CheckpointFolder
 from experiments import aftermath, ambush
 from experiments.ambush import PHASES, VICTIMS
 from experiments.benchmarks import common
-from experiments.benchmarks.pace import search_path
+from experiments.benchmarks.pace import environment_alone
 
 ROUNDS, ROUND = 5, 2  # of a run; in which of them the kill is made
 STEPS, BATCH, LENGTH = 4, 4, 32
@@ -67,8 +66,7 @@ def ambushed(victim: str, phase: str) -> Outcome:
         corpus = folder / "corpus.txt"
         corpus.write_text("".join(f"{i} and {i + 1} make {2 * i + 1}.\n" for i in range(4000)))
         command = [sys.executable, "-m", "experiments.train", "--restarts", "3", "--import", "experiments.ambush"]
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        environment |= {ambush.VARIABLE: f"{victim}:{phase}:{ROUND}:{folder}", "PYTHONPATH": search_path()}
+        environment = {**environment_alone(), ambush.VARIABLE: f"{victim}:{phase}:{ROUND}:{folder}"}
         with (folder / "output.txt").open("wb") as output:
             process = subprocess.Popen(
                 [*command, *settings(corpus)], cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT

@@ -31,6 +31,12 @@ def search_path() -> str:
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 
 
+def environment_alone() -> dict[str, str]:
+    """That of processes which find this repository, and no Ray cluster that is running already."""
+    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return {**own, "PYTHONPATH": search_path()}
+
+
 @dataclass(kw_only=True)
 class Pace:
     """What a member keeps; made in its process."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.benchmarks import common
-from experiments.benchmarks.pace import search_path
+from experiments.benchmarks.pace import environment_alone
 
 PACKAGES = {"ip": "iproute2", "tc": "iproute2", "iperf3": "iperf3"}  # command -> what to install for it
 NETWORK = "10.77.0"  # host k has the address NETWORK.(k+1)
@@ -222,8 +222,7 @@ def start_ray(made: Hosts, folder: Path, *, object_store_bytes: int) -> dict[str
     """
     address = f"{made.addresses[0]}:{RAY_PORT}"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = {**RAY_SETTINGS, **os.environ, **token, "PYTHONPATH": search_path()}
-    environment.pop("RAY_ADDRESS", None)
+    environment = {**RAY_SETTINGS, **environment_alone(), **token}
     for host in range(len(made.names)):
         command = node_command(made, host, folder, object_store_bytes=object_store_bytes)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

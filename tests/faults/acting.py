@@ -46,7 +46,7 @@ def acting(*acts: tuple[Callable[[], bool], Callable[[], None]]) -> Iterator[Non
     def go() -> None:
         try:
             for condition, act in acts:
-                wait_for(condition, limit_s=180.0)  # starts may take long
+                wait_for(condition)
                 act()
         except BaseException as error:
             errors.append(error)
