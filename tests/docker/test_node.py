@@ -137,7 +137,8 @@ def test_a_worker_leaves_in_order(folder: Path, tls: bool) -> None:
         leaving, end = (json.loads(line) for line in rest.splitlines())
         assert len(leaving["leaves"]) == 1 and "worker" in leaving["leaves"][0]
         assert 0 < leaving["in_s"][0] <= DRAIN_S and end == {"alive": 1}
-        assert took_s >= DRAIN_S if tls else took_s < DRAIN_S + 3
+        # bash counts whole seconds
+        assert took_s > DRAIN_S - 1 if tls else took_s < DRAIN_S + 3
         assert head.process.poll() is None, "the head goes on"
     finally:
         assert head.end() == 0, head.log.read_text()

@@ -65,8 +65,8 @@ def test_without_sbatch_it_says_what_to_do(arguments: list[str], status: int) ->
 def test_a_job_runs_and_ends(folder: Path) -> None:
     job = submitted(folder, "rounds=2")
     token = folder / "runs" / ".token-7"
-    wait_for(token.is_file)
-    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and len(token.read_text()) == 64
+    wait_for(lambda: token.is_file() and len(token.read_text()) == 64)
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
     wait_for(lambda: bool(nodes.descendants(job.pid)))
     said, _ = job.communicate(timeout=200)
     assert job.returncode == 0, said
