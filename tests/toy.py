@@ -65,6 +65,7 @@ from tests.light import lighten
 
 lighten()
 
+
 @dataclass
 class ToyCorpus:
     """Nothing but how many shards there are."""

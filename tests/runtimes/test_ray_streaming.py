@@ -25,8 +25,7 @@ STREAM: dict[str, Any] = {
     "checkpoint": Checkpoint(every=1, keep=9),
 }
 KINDS: dict[str, dict[str, Any]] = {
-    "exact": {"schedule": Barrier(lag=2, keep=0.5)},
-    "a long lag": {"schedule": Barrier(lag=5), "codec": BFloat16()},
+    "a long lag": {"schedule": Barrier(lag=5, keep=0.5), "codec": BFloat16()},
     "four bits both ways": {
         "schedule": Barrier(lag=1),
         "codec": Int4(block=8, error_feedback=True),
