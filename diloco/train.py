@@ -38,9 +38,10 @@ class Result:
     directory: Path
 
 
-def train(config: RunConfig, directory: Path | None = None) -> Result:
+def train(config: RunConfig, directory: Path | None = None, *, goes_on: bool = False) -> Result:
     """Run `config` to its end, in `directory` (default: a new one below `runs/`).
 
+    `goes_on`: started again by itself; it makes do with the places that are left of the cluster, and waits for them.
     Returns also where the run stopped by its own rule or was interrupted; `summary["status"]` says which.
     Raises ValueError for a mistake in the configuration or input, before anything is written. Of the processes that a
     launcher starts for runtime `spmd`, rank 0 drives the run and writes; the others follow it to the same result.
@@ -54,17 +55,17 @@ def train(config: RunConfig, directory: Path | None = None) -> Result:
     start = resume.resolve(config, directory)
     while True:
         try:
-            return _attempt(start, begun_s)
+            return _attempt(start, begun_s, goes_on=goes_on or start.tries > 0)
         except StoreLost as lost:
             start = resume.again(start, str(lost))
             _say(start.notes[-1])
 
 
-def _attempt(start: resume.Start, begun_s: float) -> Result:
+def _attempt(start: resume.Start, begun_s: float, *, goes_on: bool) -> Result:
     """From where `start` says to the run's end. Raises StoreLost where another attempt can go on."""
     config = start.config.resolved()
     ckpt.check_writable(resume.checkpoint_root(config, start.directory))
-    job = replace(make_job(config), goes_on=start.tries > 0)
+    job = replace(make_job(config), goes_on=goes_on)
     init_from = resume.starting_folder(config.init_from) if config.init_from and not start.checkpoint else ""
     _say("preparing the corpus and the tokenizer")
     corpus = job.corpus()

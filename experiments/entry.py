@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
 SILENT_S = 10.0  # for a launcher to end this process, once rank 0 has said what is wrong
+STARTED_AGAIN = "DILOCO_STARTED_AGAIN"  # variable of the environment: set where `--restarts` started the run again
 DIRECTORY_TOLD = "DILOCO_DIRECTORY_TOLD"  # variable of the environment: a file to which a run's directory is written
 STATUS = {"finished": FINISHED, "stopped": STOPPED, "interrupted": INTERRUPTED}
 
@@ -173,7 +174,7 @@ def attempt(config: RunConfig, directory: Path) -> Result:
 
     before = concluded_ns(directory)
     try:
-        return train(config, directory)
+        return train(config, directory, goes_on=STARTED_AGAIN in os.environ)
     except ValueError as error:
         if concluded_ns(directory) != before:
             raise

@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from experiments.entry import DIRECTORY_TOLD, INTERRUPTED, concluded_ns
+from experiments.entry import DIRECTORY_TOLD, INTERRUPTED, STARTED_AGAIN, concluded_ns
 
 SAID = (0, 2, 3, INTERRUPTED)  # exit statuses by which a run says how it ended
 
@@ -26,7 +26,8 @@ def watch(command: Sequence[str], restarts: int) -> int:
         told = Path(folder) / "directory"
         arguments = list(command)
         for left in reversed(range(restarts + 1)):
-            status, asked = _run(arguments, told)
+            again = {STARTED_AGAIN: "1"} if left < restarts else {}
+            status, asked = _run(arguments, {DIRECTORY_TOLD: str(told), **again})
             if asked or left == 0 or not _killed(status, told):
                 return status if status >= 0 else 128 - status
             arguments = _going_on(arguments, told)
@@ -35,10 +36,10 @@ def watch(command: Sequence[str], restarts: int) -> int:
     raise AssertionError("the last time returns")
 
 
-def _run(arguments: Sequence[str], told: Path) -> tuple[int, bool]:
+def _run(arguments: Sequence[str], variables: Mapping[str, str]) -> tuple[int, bool]:
     """Its exit status, and whether somebody asked for the end."""
     command = [sys.executable, "-m", "experiments.train", *arguments]
-    with subprocess.Popen(command, env={**os.environ, DIRECTORY_TOLD: str(told)}) as child, _passed_on(child) as asked:
+    with subprocess.Popen(command, env={**os.environ, **variables}) as child, _passed_on(child) as asked:
         return child.wait(), bool(asked)
 
 

@@ -126,13 +126,13 @@ def draining() -> set[str]:
 
 
 def missing(job: Job, islands: Sequence[IslandId]) -> str:
-    """What islands that have no place wait for."""
+    """What islands that have not begun wait for: a place, most likely."""
     needs = f"{job.threads_per_worker} CPU" + (f" and {job.gpus_per_worker:g} GPU" if job.gpus_per_worker else "")
     there, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
     kinds = ["CPU", *(["GPU"] if job.gpus_per_worker else [])]
     have = ", ".join(f"{there.get(kind, 0.0):g} {kind} ({free.get(kind, 0.0):g} free)" for kind in kinds)
     names, nodes = listed(list(map(str, islands))), len(_alive())
-    return f"no place for island {names}, which wants {needs} a worker: the cluster's {nodes} node(s) have {have}"
+    return f"no place yet for island {names}, which wants {needs} a worker: the cluster's {nodes} node(s) have {have}"
 
 
 def _alive() -> list[dict[str, Any]]:

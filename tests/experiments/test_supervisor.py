@@ -1,0 +1,45 @@
+"""`--restarts N`: a killed command is started again, is told so, and makes do with what is left of a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diloco import RunConfig
+from diloco.metrics import Metrics
+from diloco.runtime.base import Backend, Job
+from diloco.runtime.local import Local
+from experiments import entry, supervisor
+from tests.toy import Line
+
+
+def test_only_what_is_started_again_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "python"
+    command.write_text(f'#!/bin/sh\necho "${{{entry.STARTED_AGAIN}-no}}" >> {tmp_path}/told\nkill -KILL $$\n')
+    command.chmod(0o755)
+    monkeypatch.setattr(supervisor.sys, "executable", str(command))
+    monkeypatch.delenv(entry.STARTED_AGAIN, raising=False)
+    assert supervisor.watch([], 2) == 128 + 9
+    assert (tmp_path / "told").read_text().split() == ["no", "1", "1"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_command_that_was_started_again_goes_on_with_what_is_left(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    jobs: list[Job] = []
+    before = Local.open
+
+    def opened(self: Local, job: Job) -> Backend:
+        jobs.append(job)
+        return before(self, job)
+
+    monkeypatch.setattr(Local, "open", opened)
+    monkeypatch.delenv(entry.STARTED_AGAIN, raising=False)
+    if again:
+        monkeypatch.setenv(entry.STARTED_AGAIN, "1")
+    config = RunConfig(workload=Line(), runtime=Local(), rounds=1, inner_steps=2, metrics=Metrics(live=False))
+    assert entry.attempt(replace(config, islands=1), runs / "run").summary["status"] == "finished"
+    assert [job.goes_on for job in jobs] == [again]
