@@ -255,7 +255,7 @@ class Signalling(Line):
 
     def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
         if (shard, step) == (self.gate_shard, self.gate_step):
-            wait_for(Path(self.gate).exists, limit_s=120.0)
+            wait_for(Path(self.gate).exists, limit_s=200.0)
         worker = dist.get_rank() if dist.is_initialized() else 0
         if not self.at_evaluation and (shard, step, worker) == (self.at_shard, self.at_step, self.at_worker):
             self._signal()

@@ -55,7 +55,7 @@ class Size:
 
 FULL = Size()
 QUICK = Size(
-    pretrain_steps=2, pretrain_batch=2, steps=4, batch=2, eval_sequences=4, completion_tokens=4, paragraphs=600
+    pretrain_steps=2, pretrain_batch=2, steps=2, batch=2, eval_sequences=4, completion_tokens=4, paragraphs=400
 )
 
 

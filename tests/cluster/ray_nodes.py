@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,9 @@ class Training:
 
     def records(self, *events: str) -> list[dict[str, Any]]:
         """What it has told so far, of these events."""
-        found = list((self.cluster.machines.folder / "runs").glob(f"*_{self.name}/metrics.jsonl"))
+        found: list[Path] = []
+        with suppress(FileNotFoundError):  # made to try whether it can be written to, and removed again
+            found += (self.cluster.machines.folder / "runs").glob(f"*_{self.name}/metrics.jsonl")
         return records(found[0].parent, *events) if found else []
 
     def wait_for(self, event: str, **values: object) -> None:

@@ -206,7 +206,7 @@ def test_a_line_of_a_journal_that_was_cut_off_is_left_out(
 def test_what_is_durable_stays_when_a_process_is_killed() -> None:
     """It finishes, no round counts twice, and no process is left. One of 24: the others with `chaos --matrix`."""
     assert len(COMBINATIONS) == 24
-    outcome = ambushed("driver", "checkpointing")
+    outcome = ambushed("evaluator", "training")
     assert outcome.problems == ()
     assert outcome.islands_lost == 0
 
