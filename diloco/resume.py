@@ -37,9 +37,10 @@ class Start:
     tries: int = 0  # in this process since it last found a newer checkpoint
 
 
-def resolve(config: RunConfig, directory: Path | None) -> Start:
+def resolve(config: RunConfig, directory: Path | None, *, killed: bool = False) -> Start:
     """Find what `config.resume` names, and clear away what a killed run left half-written there.
 
+    `killed`: it is known that the run was killed, also where no round was lost by that.
     Raises ValueError, before anything is touched, where the configuration cannot be gone on with.
     """
     if not config.resume:
@@ -47,12 +48,12 @@ def resolve(config: RunConfig, directory: Path | None) -> Start:
     if config.resume == "auto":
         found = newest(config.name)
         if found is not None:
-            return _resumed(config, found)
+            return _resumed(config, found, killed)
         return Start(config=config, directory=directory or rundir.new_directory(config.name))
     path = Path(config.resume).resolve()
     if not path.is_dir():
         raise ValueError(f"resume={config.resume} is no directory; give a run's directory, or auto")
-    return _resumed(config, path)
+    return _resumed(config, path, killed)
 
 
 def again(start: Start, reason: str) -> Start:
@@ -67,6 +68,7 @@ def again(start: Start, reason: str) -> Start:
     if tries > MAX_TRIES:
         raise RuntimeError(f"{reason}; gave up after {MAX_TRIES} attempts without a new checkpoint")
     round_ = manifest["view"]["round"] if manifest else 0
+    reason = reason.rstrip(".")
     lost = _lost_rounds(start.directory, round_)
     return replace(
         start,
@@ -113,7 +115,7 @@ def starting_folder(init_from: str) -> str:
     return ckpt.CheckpointFolder(checkpoint_root(saved, path.resolve())).newest()[0]
 
 
-def _resumed(config: RunConfig, directory: Path) -> Start:
+def _resumed(config: RunConfig, directory: Path, killed: bool) -> Start:
     saved = configuration.load(directory / "config.yaml")
     config = _as_begun(config, saved)
     differing = _differences(saved, config)
@@ -131,7 +133,10 @@ def _resumed(config: RunConfig, directory: Path) -> Start:
     if saved.workers != config.workers:
         notes += (f"resumed with workers={config.workers} instead of {saved.workers}: sums have another order",)
     counters = manifest["view"]["counters"]
-    lost = _lost_rounds(directory, manifest["view"]["round"])  # if it was killed
+    round_ = manifest["view"]["round"]
+    lost = _lost_rounds(directory, round_)  # if it was killed
+    if killed:
+        notes += (f"the run's process was killed; the run goes on from round {round_}, {lost} round(s) before",)
     return Start(
         config=config,
         directory=directory,
@@ -139,7 +144,7 @@ def _resumed(config: RunConfig, directory: Path) -> Start:
         manifest=manifest,
         notes=notes,
         earlier_s=manifest["wall_s"],
-        recoveries=counters.get("recoveries", 0) + (lost > 0),
+        recoveries=counters.get("recoveries", 0) + (killed or lost > 0),
         rounds_again=counters.get("rounds_again", 0) + lost,
     )
 

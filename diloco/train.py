@@ -52,7 +52,7 @@ def train(config: RunConfig, directory: Path | None = None, *, goes_on: bool = F
     if told is not None:
         return Result(summary=dict(told), directory=Path(told["run_directory"]))
     config.metrics.check()
-    start = resume.resolve(config, directory)
+    start = resume.resolve(config, directory, killed=goes_on)
     while True:
         try:
             return _attempt(start, begun_s, goes_on=goes_on or start.tries > 0)

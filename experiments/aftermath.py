@@ -67,13 +67,15 @@ class History:
         return None if found is None else found[0] - after_s
 
     def back_s(self, after_s: float, island: int) -> float | None:
-        """Seconds until an island that was lost contributes again. None where it does not, or was not lost."""
-        lost = self.first(after_s, "lost", island)
-        joined = None if lost is None else self.first(lost[0], "joined", island)
-        if joined is None:
+        """Seconds until an island contributes again by a process that is newer. None where it does not, or has none.
+
+        A process rather than `joined`: where the whole run returned to a checkpoint meanwhile, nobody has joined.
+        """
+        begun = self.first(after_s, "process", island)
+        if begun is None:
             return None
         for at_s, record in self.lines:
-            if at_s > joined[0] and record["event"] == "commit" and island in record["outer/contributors"]:
+            if at_s > begun[0] and record["event"] == "commit" and island in record["outer/contributors"]:
                 return at_s - after_s
         return None
 

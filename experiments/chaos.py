@@ -232,6 +232,7 @@ def strike(options: argparse.Namespace) -> int:
     begun_s = time.time()
     chaos.go(faults, over)
     end_s = time.monotonic() + END_S
+    print(f"that was the last; waiting until the run has gone on, for at most {END_S:.0f} s", flush=True)
     while not over() and not aftermath.went_on(run, chaos.acts) and time.monotonic() < end_s:
         time.sleep(POLL_S)
     report = aftermath.told(run, chaos.acts, begun_s)

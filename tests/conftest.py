@@ -13,7 +13,8 @@ import torch
 
 from diloco import Result
 from diloco.inner import AdamW
-from diloco.runtime.base import Store
+from diloco.runtime.base import Backend, Job, Store
+from diloco.runtime.local import Local
 from diloco.runtime.ray_cluster import RayCluster
 from tests.toy import Line, launch
 
@@ -68,6 +69,20 @@ def one_ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """Those that runtime local is given, as it is given them."""
+    given: list[Job] = []
+    before = Local.open
+
+    def opened(self: Local, job: Job) -> Backend:
+        given.append(job)
+        return before(self, job)
+
+    monkeypatch.setattr(Local, "open", opened)
+    return given
 
 
 Start = Callable[..., Result]

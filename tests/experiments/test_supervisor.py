@@ -9,7 +9,7 @@ import pytest
 
 from diloco import RunConfig
 from diloco.metrics import Metrics
-from diloco.runtime.base import Backend, Job
+from diloco.runtime.base import Job
 from diloco.runtime.local import Local
 from experiments import entry, supervisor
 from tests.toy import Line
@@ -27,16 +27,8 @@ def test_only_what_is_started_again_is_told_so(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_command_that_was_started_again_goes_on_with_what_is_left(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+    runs: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
-    jobs: list[Job] = []
-    before = Local.open
-
-    def opened(self: Local, job: Job) -> Backend:
-        jobs.append(job)
-        return before(self, job)
-
-    monkeypatch.setattr(Local, "open", opened)
     monkeypatch.delenv(entry.STARTED_AGAIN, raising=False)
     if again:
         monkeypatch.setenv(entry.STARTED_AGAIN, "1")

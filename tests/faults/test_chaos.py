@@ -99,6 +99,7 @@ def test_how_long_a_run_took_to_go_on(tmp_path: Path) -> None:
 
     commits = [(12.0, [0, 1]), (24.0, [0]), (33.0, [0]), (37.0, [0, 1])]
     lines = [line(0.5, "start", unix_s=1000.5), line(21.0, "lost", island=1), line(31.0, "joined", island=1)]
+    lines += [line(31.0, "process", kind="island", island=1, rank=0)]
     lines += [line(time_s, "commit", **{"outer/contributors": sources}) for time_s, sources in commits]
     lines.sort(key=lambda each: json.loads(each)["time_s"])
     (tmp_path / "metrics.jsonl").write_text("".join(lines))

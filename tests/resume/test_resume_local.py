@@ -28,7 +28,8 @@ from diloco.layout import Fragments, Outside
 from diloco.merge import Mean
 from diloco.messages import Tensors
 from diloco.outer import Nesterov
-from diloco.runtime.base import Backend, Job, Store
+from diloco.resume import resolve
+from diloco.runtime.base import Job, Store
 from diloco.runtime.local import Local, LocalBackend
 from diloco.schedule import Barrier
 from tests.toy import Line, Remembering, Signalling, assert_same_sources, digests, launch, records, warned
@@ -540,19 +541,21 @@ def test_a_checkpoint_has_every_source_as_it_was_then(runs: Path) -> None:
     assert_same_sources(found.directory, expected.directory, rounds=3)
 
 
-def test_a_run_that_somebody_takes_up_begins_like_any_other(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_somebody_takes_up_begins_like_any_other(runs: Path, jobs: list[Job]) -> None:
     """Though it was killed with rounds that are trained again; only after a loss in the same process it makes do."""
     settings: dict[str, Any] = {**BASE, "rounds": 2, "checkpoint": Checkpoint(every=1)}
     launch(runs / "run", **settings)
     with (runs / "run" / "metrics.jsonl").open("a") as told:
         told.write('{"time_s": 9.0, "event": "commit", "round": 3, "total/rounds": 3}\n')
-    jobs: list[Job] = []
-    before = Local.open
-
-    def opened(self: Local, job: Job) -> Backend:
-        jobs.append(job)
-        return before(self, job)
-
-    monkeypatch.setattr(Local, "open", opened)
+    jobs.clear()
     found = launch(runs / "run", **{**settings, "rounds": 3}, resume=str(runs / "run"))
     assert found.summary["recoveries"] == 1 and [job.goes_on for job in jobs] == [False]
+
+
+def test_a_run_that_starts_again_by_itself_says_so_though_no_round_was_lost(runs: Path) -> None:
+    launch(runs / "run", **{**BASE, "rounds": 2, "checkpoint": Checkpoint(every=1)})
+    config = replace(load(runs / "run" / "config.yaml"), rounds=3, resume=str(runs / "run"))
+    by_somebody, by_itself = (resolve(config, None, killed=killed) for killed in (False, True))
+    assert (by_somebody.recoveries, by_somebody.notes) == (0, ())
+    note = "the run's process was killed; the run goes on from round 2, 0 round(s) before"
+    assert (by_itself.recoveries, by_itself.rounds_again, by_itself.notes) == (1, 0, (note,))
