@@ -78,7 +78,8 @@ def test_a_submitted_job(cluster: Cluster) -> None:
 
 def test_a_host_that_is_cut_off_for_long(unsteady: Cluster) -> None:
     """The others go on. Ray gives up the node, which is started anew; its island takes part from the next round on."""
-    overrides = ("islands=3", "store.shards=1", "rounds=7", "patience=0")
+    slow = "runtime.slowdown=[0.3,0.3,0.3]"  # so that the cut comes within round 3
+    overrides = ("islands=3", "store.shards=1", "rounds=7", "patience=0", slow)
     with unsteady.training("long_cut", *gated(unsteady, 5), *overrides) as run:
         run.wait_for("commit", round=2)
         places = {record["kind"]: record["host"] for record in run.records("process") if record["kind"] != "island"}
