@@ -68,17 +68,20 @@ def again(start: Start, reason: str) -> Start:
     if tries > MAX_TRIES:
         raise RuntimeError(f"{reason}; gave up after {MAX_TRIES} attempts without a new checkpoint")
     round_ = manifest["view"]["round"] if manifest else 0
-    reason = reason.rstrip(".")
     lost = _lost_rounds(start.directory, round_)
     return replace(
         start,
         checkpoint=path,
         manifest=manifest,
-        notes=(*start.notes, f"{reason}; the run goes on from round {round_}, {lost} round(s) before"),
+        notes=(*start.notes, _going_on(reason, round_, lost)),
         recoveries=start.recoveries + 1,
         rounds_again=start.rounds_again + lost,
         tries=tries,
     )
+
+
+def _going_on(reason: str, round_: int, lost: int) -> str:
+    return f"{reason.rstrip('.')}; the run goes on from round {round_}, {lost} round(s) before"
 
 
 def _lost_rounds(directory: Path, round_: int) -> int:
@@ -127,16 +130,15 @@ def _resumed(config: RunConfig, directory: Path, killed: bool) -> Start:
     folder = ckpt.CheckpointFolder(checkpoint_root(saved, directory))
     folder.clean()  # a replacement that was broken off is put back
     path, manifest = folder.newest()
-    if manifest["view"]["round"] > config.rounds:
-        raise ValueError(f"rounds={config.rounds}: the checkpoint has {manifest['view']['round']} already; give more")
+    counters, round_ = manifest["view"]["counters"], manifest["view"]["round"]
+    if round_ > config.rounds:
+        raise ValueError(f"rounds={config.rounds}: the checkpoint has {round_} already; give more")
     notes = tuple(f"passed over a damaged checkpoint: {problem}" for problem in folder.problems)
     if saved.workers != config.workers:
         notes += (f"resumed with workers={config.workers} instead of {saved.workers}: sums have another order",)
-    counters = manifest["view"]["counters"]
-    round_ = manifest["view"]["round"]
     lost = _lost_rounds(directory, round_)  # if it was killed
     if killed:
-        notes += (f"the run's process was killed; the run goes on from round {round_}, {lost} round(s) before",)
+        notes += (_going_on("the run's process was killed", round_, lost),)
     return Start(
         config=config,
         directory=directory,
