@@ -16,9 +16,7 @@ class NeedsCode(ValueError):
     """A model or tokenizer that works with Python code of its own only, which was not allowed."""
 
 
-def load(
-    kind: Any, source: str | Path, *, trust_remote_code: bool | None = None, settings: Settings = None
-) -> Any:
+def load(kind: Any, source: str | Path, *, trust_remote_code: bool | None = None, settings: Settings = None) -> Any:
     """What `kind`, an Auto class of transformers for configurations or tokenizers, loads from a folder or hub id.
 
     `trust_remote_code`: the user's setting, None where there is none. Raises NeedsCode where it must be true and is

@@ -34,26 +34,24 @@ class Start:
     earlier_s: float = 0.0  # that the run took before this process
     recoveries: int = 0  # returns to a checkpoint so far
     rounds_again: int = 0  # rounds that had been committed, and were lost by them
+    goes_on: bool = False  # started again by itself, after a loss: it makes do with the places that are left
     tries: int = 0  # in this process since it last found a newer checkpoint
 
 
-def resolve(config: RunConfig, directory: Path | None, *, killed: bool = False) -> Start:
+def resolve(config: RunConfig, directory: Path | None, *, goes_on: bool = False) -> Start:
     """Find what `config.resume` names, and clear away what a killed run left half-written there.
 
-    `killed`: it is known that the run was killed, also where no round was lost by that.
+    `goes_on`: it is known that the run was killed, also where no round was lost by that.
     Raises ValueError, before anything is touched, where the configuration cannot be gone on with.
     """
-    if not config.resume:
-        return Start(config=config, directory=directory or rundir.new_directory(config.name))
+    found = Path(config.resume).resolve() if config.resume else None
     if config.resume == "auto":
         found = newest(config.name)
-        if found is not None:
-            return _resumed(config, found, killed)
-        return Start(config=config, directory=directory or rundir.new_directory(config.name))
-    path = Path(config.resume).resolve()
-    if not path.is_dir():
+    if found is None:
+        return Start(config=config, directory=directory or rundir.new_directory(config.name), goes_on=goes_on)
+    if not found.is_dir():
         raise ValueError(f"resume={config.resume} is no directory; give a run's directory, or auto")
-    return _resumed(config, path, killed)
+    return _resumed(config, found, goes_on)
 
 
 def again(start: Start, reason: str) -> Start:
@@ -65,6 +63,7 @@ def again(start: Start, reason: str) -> Start:
     folder.clean()
     path, manifest = folder.newest() if folder.names() else ("", None)
     tries = 1 if path != start.checkpoint else start.tries + 1
+    reason = reason.rstrip(".")
     if tries > MAX_TRIES:
         raise RuntimeError(f"{reason}; gave up after {MAX_TRIES} attempts without a new checkpoint")
     round_ = manifest["view"]["round"] if manifest else 0
@@ -76,18 +75,25 @@ def again(start: Start, reason: str) -> Start:
         notes=(*start.notes, _going_on(reason, round_, lost)),
         recoveries=start.recoveries + 1,
         rounds_again=start.rounds_again + lost,
+        goes_on=True,
         tries=tries,
     )
 
 
 def _going_on(reason: str, round_: int, lost: int) -> str:
-    return f"{reason.rstrip('.')}; the run goes on from round {round_}, {lost} round(s) before"
+    return f"{reason}; the run goes on from round {round_}, {lost} round(s) before"
 
 
 def _lost_rounds(directory: Path, round_: int) -> int:
     """Rounds after that one which metrics.jsonl tells of."""
     told = (record.get("total/rounds", 0) for record in rundir.last_records(directory))
     return max(max(told, default=0) - round_, 0)
+
+
+def _told_at_start(directory: Path) -> dict[str, int]:
+    """What the run's last process began with, which no checkpoint has where it was killed before its first one."""
+    begun = [record for record in rundir.last_records(directory) if record.get("event") == "start"]
+    return {name: begun[-1].get(name, 0) if begun else 0 for name in ("recoveries", "rounds_again")}
 
 
 def newest(name: str) -> Path | None:
@@ -118,7 +124,7 @@ def starting_folder(init_from: str) -> str:
     return ckpt.CheckpointFolder(checkpoint_root(saved, path.resolve())).newest()[0]
 
 
-def _resumed(config: RunConfig, directory: Path, killed: bool) -> Start:
+def _resumed(config: RunConfig, directory: Path, goes_on: bool) -> Start:
     saved = configuration.load(directory / "config.yaml")
     config = _as_begun(config, saved)
     differing = _differences(saved, config)
@@ -137,8 +143,9 @@ def _resumed(config: RunConfig, directory: Path, killed: bool) -> Start:
     if saved.workers != config.workers:
         notes += (f"resumed with workers={config.workers} instead of {saved.workers}: sums have another order",)
     lost = _lost_rounds(directory, round_)  # if it was killed
-    if killed:
+    if goes_on:
         notes += (_going_on("the run's process was killed", round_, lost),)
+    recoveries, rounds_again = (max(counters.get(name, 0), told) for name, told in _told_at_start(directory).items())
     return Start(
         config=config,
         directory=directory,
@@ -146,8 +153,9 @@ def _resumed(config: RunConfig, directory: Path, killed: bool) -> Start:
         manifest=manifest,
         notes=notes,
         earlier_s=manifest["wall_s"],
-        recoveries=counters.get("recoveries", 0) + (killed or lost > 0),
-        rounds_again=counters.get("rounds_again", 0) + lost,
+        recoveries=recoveries + (goes_on or lost > 0),
+        rounds_again=rounds_again + lost,
+        goes_on=goes_on,
     )
 
 

@@ -52,20 +52,20 @@ def train(config: RunConfig, directory: Path | None = None, *, goes_on: bool = F
     if told is not None:
         return Result(summary=dict(told), directory=Path(told["run_directory"]))
     config.metrics.check()
-    start = resume.resolve(config, directory, killed=goes_on)
+    start = resume.resolve(config, directory, goes_on=goes_on)
     while True:
         try:
-            return _attempt(start, begun_s, goes_on=goes_on or start.tries > 0)
+            return _attempt(start, begun_s)
         except StoreLost as lost:
             start = resume.again(start, str(lost))
             _say(start.notes[-1])
 
 
-def _attempt(start: resume.Start, begun_s: float, *, goes_on: bool) -> Result:
+def _attempt(start: resume.Start, begun_s: float) -> Result:
     """From where `start` says to the run's end. Raises StoreLost where another attempt can go on."""
     config = start.config.resolved()
     ckpt.check_writable(resume.checkpoint_root(config, start.directory))
-    job = replace(make_job(config), goes_on=goes_on)
+    job = replace(make_job(config), goes_on=start.goes_on)
     init_from = resume.starting_folder(config.init_from) if config.init_from and not start.checkpoint else ""
     _say("preparing the corpus and the tokenizer")
     corpus = job.corpus()
@@ -178,8 +178,9 @@ class _Session:
         coordinator = Coordinator(schedule=schedule, run=self._view)
         defaults = configuration.defaults_of_changed(self._config)
         paths = summary.told_at_start(self._view.paths, self._corpus.describe())
+        lost = {"recoveries": self._start.recoveries, "rounds_again": self._start.rounds_again}
         now = {"round": self._view.round, "unix_s": time.time()}
-        begun = {"event": "start", **now, **self._environment, "defaults": defaults, **paths}
+        begun = {"event": "start", **now, **lost, **self._environment, "defaults": defaults, **paths}
         writer.write(begun)
         for note in self._notes:
             if not (self._start.tries and note in writer.warned):

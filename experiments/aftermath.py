@@ -55,9 +55,10 @@ class History:
             self.lines.append((offset_s + record["time_s"], record))
 
     def first(self, after_s: float, event: str, island: int | None = None) -> tuple[float, dict[str, Any]] | None:
-        """The first line of an event after some time, of an island or whatever it is of."""
+        """The first line of an event after some time, of an island (an outer step: with a part of it) or of any."""
         for at_s, record in self.lines:
-            if at_s > after_s and record["event"] == event and island in (None, record.get("island")):
+            of = (None, record.get("island"), *record.get("outer/contributors", ()))
+            if at_s > after_s and record["event"] == event and island in of:
                 return at_s, record
         return None
 
@@ -72,12 +73,8 @@ class History:
         A process rather than `joined`: where the whole run returned to a checkpoint meanwhile, nobody has joined.
         """
         begun = self.first(after_s, "process", island)
-        if begun is None:
-            return None
-        for at_s, record in self.lines:
-            if at_s > begun[0] and record["event"] == "commit" and island in record["outer/contributors"]:
-                return at_s - after_s
-        return None
+        back = begun and self.first(begun[0], "commit", island)
+        return None if back is None else back[0] - after_s
 
 
 def went_on(run: Path, acts: Sequence[Act]) -> bool:

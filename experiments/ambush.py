@@ -1,7 +1,8 @@
-"""One kill at one moment of a run: when a process of it comes to some phase, it ends another one, or itself.
+"""Kills at chosen moments of a run: when a process of it comes to some phase, it ends another one, or itself.
 
-A module of parts of one's own: `--import experiments.ambush`, with DILOCO_AMBUSH=VICTIM:PHASE:ROUND:FOLDER in the
-environment of all processes. FOLDER holds `runs/`, and gets a file `done` when the kill is made, which is made once.
+A module of parts of one's own: `--import experiments.ambush`, with DILOCO_AMBUSH=VICTIM:PHASE:ROUND,...@FOLDER in the
+environment of all processes. FOLDER holds `runs/`, and gets a file named VICTIM:PHASE:ROUND for each kill when that is
+made, which is once.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ PHASES = ("training", "pushing", "committing", "checkpointing")
 ISLAND = 1  # the one of whose workers one is ended
 
 
+def named(victim: str, phase: str, round_: int) -> str:
+    """One kill, as the variable and the files name it."""
+    return f"{victim}:{phase}:{round_}"
+
+
 def lay(victim: str, phase: str, round_: int, folder: Path) -> None:
     """Wait in this process for `phase` of that round."""
 
     def spring() -> None:
         try:
-            os.close(os.open(folder / "done", os.O_CREAT | os.O_EXCL))
+            os.close(os.open(folder / named(victim, phase, round_), os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return
         os.kill(_pid_of(victim, folder / "runs" / "latest"), signal.SIGKILL)
@@ -79,5 +85,7 @@ def _pid_of(victim: str, run: Path) -> int:
 
 
 if given := os.environ.get(VARIABLE):
-    _victim, _phase, _round, _folder = given.split(":", 3)
-    lay(_victim, _phase, int(_round), Path(_folder))
+    _kills, _, _folder = given.partition("@")
+    for _kill in _kills.split(","):
+        _victim, _phase, _round = _kill.split(":")
+        lay(_victim, _phase, int(_round), Path(_folder))

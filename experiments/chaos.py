@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +21,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from diloco.processes import born
 from experiments import aftermath
+from experiments.cast import Cast
 
-SIGNALS = ("kill", "stall", "evaluator", "store", "driver", "node")
 NETWORK = ("cut", "slow")
 KINDS = {
     "kill": "SIGKILL for a worker of an island",
@@ -37,7 +37,6 @@ KINDS = {
     "slow": "a host's link has --rate for some time (--hosts)",
     "join": "run the command --join, such as one that starts a Ray node",
 }
-RAY = "ray::"  # how Ray's worker processes call themselves
 POLL_S = 0.1
 END_S = 60.0  # for the run to show that it goes on after the last fault
 
@@ -82,42 +81,6 @@ def drawn(
         )
         for index in range(int(minutes * 60 / stretch_s))
     ]
-
-
-class Process(NamedTuple):
-    """A process of the run, as its metrics tell it."""
-
-    kind: str
-    number: int
-    rank: int
-    pid: int
-    raylet: int
-    born: int  # see diloco/processes.py
-
-
-class Cast:
-    """The processes of a run that live now."""
-
-    def __init__(self, run: Path) -> None:
-        self._run = run
-
-    def living(self, kind_wanted: str) -> list[Process]:
-        """Those of a kind: island, shard, evaluator or driver. In order."""
-        told = sorted(aftermath.processes(self._run).items())
-        there = [
-            Process(kind=kind, number=number, rank=rank, pid=each["pid"], raylet=each["raylet"], born=each["born"])
-            for (kind, number, rank), each in told
-        ]
-        return [process for process in there if process.kind == kind_wanted and _is_it(process)]
-
-
-def _is_it(process: Process) -> bool:
-    """Whether that number still belongs to the process of the run, on this machine."""
-    with suppress(OSError):
-        command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-        own = command.startswith(RAY.encode()) if process.kind != "driver" else bool(command)
-        return own and born(process.pid) == process.born
-    return False
 
 
 class Chaos:
@@ -244,25 +207,59 @@ def strike(options: argparse.Namespace) -> int:
 
 
 def _checked(options: argparse.Namespace) -> tuple[list[str], tuple[float, float]]:
-    kinds = options.kinds.split(",")
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"--kinds {unknown[0]} is unknown; use some of {', '.join(KINDS)}")
     if not (options.run / "metrics.jsonl").is_file():
         raise ValueError(f"{options.run} is no run that has begun; give its directory, such as runs/latest")
     if any(record["event"] == "end" for record in aftermath.newest(options.run)[-1:]):
         raise ValueError(f"{options.run} is over; give a run that is going on")
-    if not options.minutes > 0 or not options.per_hour > 0:
-        raise ValueError(f"--minutes {options.minutes:g} and --per-hour {options.per_hour:g} must be positive")
+    kinds = checked_kinds(options)
     try:
         least_s, most_s = map(float, options.lasts.split(":"))
     except ValueError:
         raise ValueError(f"--lasts {options.lasts} is not two numbers of seconds, such as 2:15") from None
-    if not 0 <= least_s <= most_s:
+    if not 0 <= least_s <= most_s < math.inf:
         raise ValueError(f"--lasts {options.lasts}: the first is to be the smaller, and not negative")
-    if not options.hosts and set(kinds) & set(NETWORK):
-        raise ValueError("--kinds cut and slow need --hosts PREFIX, the network namespaces of the run's hosts")
-    if not options.join and "join" in kinds:
-        raise ValueError("--kinds join needs --join COMMAND, such as one that starts a Ray node")
+    if set(kinds) & set(NETWORK):
+        _check_hosts(options)
+    if "join" in kinds:
+        _check_command(options.join)
     if sys.platform != "linux":
         raise ValueError("diloco chaos looks processes up in /proc, which only Linux has")
     return kinds, (least_s, most_s)
+
+
+def checked_kinds(options: argparse.Namespace) -> list[str]:
+    """The kinds of faults that are asked for. Raises ValueError for one that is none, and where there is no fault."""
+    kinds: list[str] = options.kinds.split(",")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"--kinds {unknown[0]} is unknown; use some of {', '.join(KINDS)}")
+    given = f"--minutes {options.minutes:g} and --per-hour {options.per_hour:g}"
+    if not (0 < options.minutes < math.inf and 0 < options.per_hour < math.inf):
+        raise ValueError(f"{given} must be positive")
+    if options.minutes * options.per_hour < 60:
+        raise ValueError(f"{given} are less than one fault; give more of one of them")
+    return kinds
+
+
+def _check_hosts(options: argparse.Namespace) -> None:
+    from experiments.benchmarks import wan
+
+    if not options.hosts:
+        raise ValueError("--kinds cut and slow need --hosts PREFIX, the network namespaces of the run's hosts")
+    wan.check("--hosts", ("ip", "tc"))
+    wan.found(options.hosts)
+    for name, rate in (("--rate", options.rate), ("--slow-rate", options.slow_rate)):
+        try:
+            wan.bits_per_s(rate)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def _check_command(join: str) -> None:
+    if not join:
+        raise ValueError("--kinds join needs --join COMMAND, such as one that starts a Ray node")
+    try:
+        program = shlex.split(join)[0]
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"--join {join!r} is no command: {error}") from None
+    if shutil.which(program) is None:
+        raise ValueError(f"--join {join!r}: there is no program {program} here")

@@ -83,7 +83,11 @@ def test_a_configuration_with_credentials_is_refused(settings: dict[str, object]
 
 
 def test_the_command_says_so_without_telling(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
-    for given in (f"checkpoint.path=s3://K:{SECRET}@b", f"checkpoint.keep=s3://K:{SECRET}@b", f"+x.y=s3://K:{SECRET}@b"):
+    for given in (
+        f"checkpoint.path=s3://K:{SECRET}@b",
+        f"checkpoint.keep=s3://K:{SECRET}@b",
+        f"+x.y=s3://K:{SECRET}@b",
+    ):
         assert main(["train", "runtime=local", given]) == 2
         said = capsys.readouterr()
         assert SECRET not in said.out + said.err and 1 <= len(said.err.splitlines()) <= 2

@@ -265,9 +265,7 @@ class Online(FineTuning):
             [generation.key_of(corpus.seed, row, step, number) for number in numbers]
             for row, step in zip(rows, steps, strict=True)
         ]
-        return write(
-            unwrapped(model), corpus, rows, keys, tokens=self.completion_tokens, temperature=self.temperature
-        )
+        return write(unwrapped(model), corpus, rows, keys, tokens=self.completion_tokens, temperature=self.temperature)
 
     @contextmanager
     def _held_to(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,35 +71,39 @@ class Place:
 
 
 @contextmanager
-def _place(rate: str | None) -> Iterator[Place]:
+def _place(rate: str | None, journal_folder: Path) -> Iterator[Place]:
     """Hosts with a Ray node each, where a rate is given. More nodes come to the last one."""
+    variables = {journal.FOLDER: str(journal_folder)}
     if rate is None:
-        yield Place()
+        yield Place(environment=variables)
         return
     with (
         tempfile.TemporaryDirectory(prefix="wan", dir="/tmp") as name,  # the paths of Ray's sockets must be short
         wan.hosts(ISLANDS, rate_bit_s=wan.bits_per_s(rate)) as made,
     ):
-        environment = wan.start_ray(made, Path(name), object_store_bytes=STORE_BYTES)
+        environment = wan.start_ray(made, Path(name), object_store_bytes=STORE_BYTES, variables=variables)
         join = shlex.join(wan.node_command(made, ISLANDS - 1, Path(name), object_store_bytes=STORE_BYTES))
         options = [f"--hosts={made.names[0].rpartition('-')[0]}", f"--rate={rate}", f"--join={join}"]
         yield Place(within=made.command(0, []), environment=environment, options=options)
 
 
 @contextmanager
-def _training(place: Place, folder: Path, journal_folder: Path | None, extra: Sequence[str]) -> Iterator[Path]:
+def _training(place: Place, folder: Path, options: Sequence[str]) -> Iterator[Path]:
     """A run that goes on in `folder` until the block ends, then is interrupted; its directory."""
     environment = place.variables()
-    if journal_folder is not None:
-        journal_folder.mkdir()
-        environment[journal.FOLDER] = str(journal_folder)
-    training = [sys.executable, "-m", "experiments.train", "--import", "experiments.journal", *SETTINGS, *extra]
-    command = [*place.within, *training]
+    command = [*place.within, sys.executable, "-m", "experiments.train", *SETTINGS, *options]
     with (folder / "output.txt").open("ab") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
         run = folder / "runs" / "latest"
+
+        def settled() -> bool:
+            if process.poll() is not None:
+                said = (folder / "output.txt").read_text().strip().rpartition("\n")[2]
+                raise ValueError(f"the run ended before it had begun: {said}")
+            return _commits(run) >= SETTLE_COMMITS
+
         try:
-            common.wait_until(lambda: _commits(run) >= SETTLE_COMMITS, limit_s=START_LIMIT_S, what="the first steps")
+            common.wait_until(settled, limit_s=START_LIMIT_S, what="the first steps")
             directory = run.resolve()
             yield directory
             process.send_signal(signal.SIGINT)
@@ -122,7 +126,7 @@ def _tokens(run: Path) -> tuple[float, int]:
 def _calm(place: Place, folder: Path, seconds: float, extra: Sequence[str]) -> float:
     """Committed tokens a second without faults."""
     folder.mkdir()
-    with _training(place, folder, None, extra) as run:
+    with _training(place, folder, extra) as run:
         begin_s, before = _tokens(run)
         time.sleep(seconds)
         end_s, after = _tokens(run)
@@ -133,7 +137,7 @@ def _stormy(place: Place, folder: Path, options: argparse.Namespace, extra: Sequ
     """The same under faults; with what they were and what came of them."""
     folder.mkdir()
     seconds = options.minutes * 60
-    with _training(place, folder, folder / "journal", extra) as run:
+    with _training(place, folder, ["--import", "experiments.journal", *extra]) as run:
         begin_s, before = _tokens(run)
         arguments = [
             str(run),
@@ -199,9 +203,10 @@ def _by_version(folder: ckpt.CheckpointFolder, key: Any) -> dict[int, list[str]]
 
 def measure(options: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any]:
     """Both sides, and the replay."""
-    with tempfile.TemporaryDirectory() as scratch, _place(options.wan) as place:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(options.to or scratch).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "journal").mkdir(parents=True, exist_ok=True)
+        place = stack.enter_context(_place(options.wan, folder / "journal"))
         half_s = options.minutes * 60 / 2
         calm = [_calm(place, folder / "calm-before", half_s, extra)]
         common.show(f"without faults  {calm[0]:.0f} tokens/s")
@@ -210,7 +215,7 @@ def measure(options: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any]
         if not options.quick and options.wan is None:  # a cluster whose nodes were killed is no longer the same
             calm.append(_calm(place, folder / "calm-after", half_s, extra))
             common.show(f"without faults  {calm[1]:.0f} tokens/s")
-        compared = equal_to_replay(storm["run"], folder / "faults" / "journal")
+        compared = equal_to_replay(storm["run"], folder / "journal")
         summary = json.loads((storm["run"] / "summary.json").read_text())
     usual, report = sum(calm) / len(calm), storm["report"]
     ratio = storm["tokens_per_s"] / usual
@@ -231,7 +236,7 @@ def measure(options: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any]
         "contributes_again_s": report["contributes_again_s"],
         "not_back": report["not_back"],
         "checkpoints": compared["checkpoints"],
-        "digests_equal": compared["equal"] / compared["compared"] if compared["compared"] else None,  # None: on hosts
+        "digests_equal": compared["equal"] / compared["compared"] if compared["compared"] else None,
         "contributions": summary["contributions"],
         **common.environment(),
     }
@@ -247,14 +252,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--wan", metavar="RATE", help="on hosts with links of this rate, such as 100mbit")
     parser.add_argument("--matrix", action="store_true", help="each kind of process at each phase of a round instead")
     parser.add_argument("--to", type=Path, help="keep the runs and the journal in this folder")
-    parser.add_argument("settings", nargs="*", help="key=value: other settings of the runs, the same for all")
+    parser.add_argument(
+        "settings", nargs="*", default=[], help="key=value: other settings of the runs, the same for all"
+    )
     options = parser.parse_intermixed_args(argv)
-    if options.matrix:
-        chosen = chaos_matrix.COMBINATIONS[: 1 if options.quick else None]
-        return common.run(lambda: {"benchmark": "chaos --matrix", **chaos_matrix.measure(chosen)})
+    alone = {"matrix": True, "quick": options.quick}
+    more = [name for name, value in vars(options).items() if value != alone.get(name, parser.get_default(name))]
     if options.quick:
         options.minutes, options.per_hour = 0.3, 400.0
-    return common.run(lambda: measure(options, options.settings))
+    return common.run(lambda: _matrix(options, more) if options.matrix else _checked(options))
+
+
+def _matrix(options: argparse.Namespace, more: Sequence[str]) -> dict[str, Any]:
+    if more:
+        raise ValueError(f"--matrix has runs and kills of its own; leave {', '.join(more)} out")
+    chosen = chaos_matrix.COMBINATIONS[: 1 if options.quick else None]
+    return {"benchmark": "chaos --matrix", **chaos_matrix.measure(chosen)}
+
+
+def _checked(options: argparse.Namespace) -> dict[str, Any]:
+    kinds = chaos.checked_kinds(options)
+    if options.wan is None and set(kinds) & {*chaos.NETWORK, "join"}:
+        raise ValueError(f"--kinds {', '.join((*chaos.NETWORK, 'join'))} need hosts: give --wan RATE")
+    if options.to and options.to.exists() and not (options.to.is_dir() and not any(options.to.iterdir())):
+        raise ValueError(f"--to {options.to} is no empty folder; give one, or a new one")
+    return measure(options, options.settings)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from experiments.ambush import PHASES, VICTIMS
 from experiments.benchmarks import common
 from experiments.benchmarks.pace import environment_alone
 
-ROUNDS, ROUND = 5, 2  # of a run; in which of them the kill is made
+FIRST, EVERY, AFTER = 2, 2, 3  # round of the first kill; rounds between two, so that they do not meet; after the last
 STEPS, BATCH, LENGTH = 4, 4, 32
 LIMIT_S = 240.0
 LEFT_S = 45.0  # for what a killed run has started to be gone
@@ -31,10 +31,8 @@ COMBINATIONS = [(victim, phase) for victim in VICTIMS for phase in PHASES]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One combination; without `problems` all is well."""
+    """What came of a run with kills; without `problems` all is well."""
 
-    victim: str
-    phase: str
     seconds: float
     recoveries: int
     rounds_again: int
@@ -42,10 +40,10 @@ class Outcome:
     problems: tuple[str, ...]
 
 
-def settings(corpus: Path) -> list[str]:
+def settings(corpus: Path, rounds: int) -> list[str]:
     """A run of seconds: two islands, of which the second has two workers, two shards, a checkpoint every round."""
     return [
-        *("name=ambush", "islands=2", "workers=[1,2]", "store.shards=2", f"rounds={ROUNDS}", f"inner_steps={STEPS}"),
+        *("name=ambush", "islands=2", "workers=[1,2]", "store.shards=2", f"rounds={rounds}", f"inner_steps={STEPS}"),
         *("segment_steps=2", "checkpoint.every=1", "checkpoint.keep=9", "patience=1", "eval_every=2"),
         *(
             "workload.model=micro",
@@ -58,25 +56,30 @@ def settings(corpus: Path) -> list[str]:
     ]
 
 
-def ambushed(victim: str, phase: str) -> Outcome:
-    """A run in which that process is killed then; started again by itself where it was the one that drives it."""
+def ambushed(*combinations: tuple[str, str]) -> Outcome:
+    """A run in which those processes (of VICTIMS) are killed at those moments (of PHASES), one after the other.
+
+    It is started again by itself where the one that drives it was killed, or its node.
+    """
     begun_s = time.monotonic()
+    kills = [ambush.named(*each, FIRST + EVERY * index) for index, each in enumerate(combinations)]
+    rounds = FIRST + EVERY * (len(kills) - 1) + AFTER
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         corpus = folder / "corpus.txt"
         corpus.write_text("".join(f"{i} and {i + 1} make {2 * i + 1}.\n" for i in range(4000)))
         command = [sys.executable, "-m", "experiments.train", "--restarts", "3", "--import", "experiments.ambush"]
-        environment = {**environment_alone(), ambush.VARIABLE: f"{victim}:{phase}:{ROUND}:{folder}"}
+        command += settings(corpus, rounds)
+        environment = {**environment_alone(), ambush.VARIABLE: f"{','.join(kills)}@{folder}"}
         with (folder / "output.txt").open("wb") as output:
-            process = subprocess.Popen(
-                [*command, *settings(corpus)], cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
-            )
+            process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
             try:
-                status = process.wait(LIMIT_S)
+                status = process.wait(LIMIT_S * len(kills))
             except subprocess.TimeoutExpired:
                 process.kill()
                 status = process.wait()
-        problems = _problems(folder, status)
+        problems = [f"no kill {each}" for each in kills if not (folder / each).exists()]
+        problems += _problems(folder, status, rounds)
         summary: dict[str, Any] = {}
         with suppress(OSError, ValueError):
             summary = json.loads((folder / "runs" / "latest" / "summary.json").read_text())
@@ -84,8 +87,6 @@ def ambushed(victim: str, phase: str) -> Outcome:
         if problems:
             problems.append((folder / "output.txt").read_text()[-3000:])
     return Outcome(
-        victim=victim,
-        phase=phase,
         seconds=round(time.monotonic() - begun_s, 1),
         recoveries=summary.get("recoveries", 0),
         rounds_again=summary.get("rounds_again", 0),
@@ -94,26 +95,26 @@ def ambushed(victim: str, phase: str) -> Outcome:
     )
 
 
-def _problems(folder: Path, status: int) -> list[str]:
+def _problems(folder: Path, status: int, last: int) -> list[str]:
     """What is wrong with what the run left behind."""
     if status != 0:
         return [f"exit status {status}"]
     run = folder / "runs" / "latest"
-    problems = [] if (folder / "done").exists() else ["nothing was killed"]
+    problems = []
     summary = json.loads((run / "summary.json").read_text())
     commits = list(aftermath.records(run, "commit"))
     rounds = [record["round"] for record in commits]
-    if summary["status"] != "finished" or rounds != list(range(1, ROUNDS + 1)):
+    if summary["status"] != "finished" or rounds != list(range(1, last + 1)):
         problems.append(f"it {summary['status']}, with the rounds {rounds}")
     contributions = sum(len(record["outer/contributors"]) for record in commits)
     if summary["contributions"]["accepted"] != contributions:
         problems.append(f"{summary['contributions']['accepted']} contributions counted, {contributions} in the log")
     if summary["tokens"] != contributions * STEPS * BATCH * LENGTH:
         problems.append(f"{summary['tokens']} tokens, where {contributions} contributions have other")
-    if summary["rounds_again"] > 1:  # a checkpoint every round
+    if summary["rounds_again"] > summary["recoveries"]:  # a checkpoint every round
         problems.append(f"{summary['rounds_again']} rounds were trained again")
     newest, _ = CheckpointFolder(str(run / "checkpoints")).newest()
-    if not newest.endswith(f"round-{ROUNDS:06d}"):
+    if not newest.endswith(f"round-{last:06d}"):
         problems.append(f"the newest sound checkpoint is {newest}")
     if list((run / "checkpoints").glob("*.tmp")):
         problems.append("half a checkpoint is left")
@@ -143,7 +144,7 @@ def measure(combinations: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """The figures of these combinations."""
     outcomes = []
     for victim, phase in combinations:
-        outcome = ambushed(victim, phase)
+        outcome = ambushed((victim, phase))
         outcomes.append(outcome)
         state = "well" if not outcome.problems else f"NOT WELL: {'; '.join(outcome.problems)}"
         common.show(

@@ -16,10 +16,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from experiments.benchmarks import common
 from experiments.benchmarks.pace import environment_alone
@@ -34,6 +35,7 @@ MEASURE_S = 3  # of a line, by iperf3
 END_S = 10.0  # for processes to end after SIGTERM
 RECEIVED = ("sum_received", "sum_received_bidir_reverse")  # names of iperf3 for the two directions
 RAY_PORT = 6379
+NOTHING: Mapping[str, str] = MappingProxyType({})
 RAY_SETTINGS = {  # environment of the nodes
     "RAY_object_manager_max_bytes_in_flight": str(5 << 20),  # a chunk: more get in each other's way on a slow link
     "RAY_preallocate_plasma_memory": "1",
@@ -42,15 +44,15 @@ RAY_SETTINGS = {  # environment of the nodes
 }
 
 
-def check() -> None:
-    """Raise ValueError where hosts cannot be made here: what is missing, and how to get it."""
-    lacking = [command for command in PACKAGES if shutil.which(command) is None]
+def check(option: str, commands: Sequence[str] = tuple(PACKAGES)) -> None:
+    """Raise ValueError where hosts cannot be made or used here: what is missing, and how to get it."""
+    lacking = [command for command in commands if shutil.which(command) is None]
     if lacking:
         packages = " ".join(sorted({PACKAGES[command] for command in lacking}))
-        raise ValueError(f"--wan needs {' and '.join(lacking)}, not found here: apt-get install {packages}")
+        raise ValueError(f"{option} needs {' and '.join(lacking)}, not found here: apt-get install {packages}")
     if os.geteuid() != 0:
         raise ValueError(
-            "--wan makes network namespaces, which needs root: run it with sudo, or in a container as root"
+            f"{option} is for network namespaces, which need root: run it with sudo, or in a container as root"
         )
 
 
@@ -123,7 +125,7 @@ def hosts(count: int, *, rate_bit_s: int) -> Iterator[Hosts]:
     Their names have this process's id in them, so that several may do this at once. Raises ValueError where the
     kernel refuses.
     """
-    check()
+    check("--wan")
     _clear()
     prefix = f"wan{os.getpid()}"
     made = Hosts(
@@ -214,21 +216,23 @@ def _measured(client: Sequence[str], found: list[float]) -> bool:
     return "error" not in answer
 
 
-def start_ray(made: Hosts, folder: Path, *, object_store_bytes: int) -> dict[str, str]:
+def start_ray(
+    made: Hosts, folder: Path, *, object_store_bytes: int, variables: Mapping[str, str] = NOTHING
+) -> dict[str, str]:
     """A Ray node on each host, with a CPU for an island and token authentication; ended with the hosts.
 
-    Returns the environment of drivers, which belong on host 0. A RAY_ variable that is set here already counts
-    there instead of what is in RAY_SETTINGS.
+    `variables` are for all processes there, beside. Returns the environment of drivers, which belong on host 0. A
+    RAY_ variable that is set here already counts there instead of what is in RAY_SETTINGS.
     """
     address = f"{made.addresses[0]}:{RAY_PORT}"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = {**RAY_SETTINGS, **environment_alone(), **token}
+    environment = {**RAY_SETTINGS, **environment_alone(), **token, **variables}
     for host in range(len(made.names)):
         command = node_command(made, host, folder, object_store_bytes=object_store_bytes)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"Ray did not start on host {host}: {done.stderr or done.stdout}")
-    return {"RAY_ADDRESS": address, **token}
+    return {"RAY_ADDRESS": address, **token, **variables}
 
 
 def node_command(made: Hosts, host: int, folder: Path, *, object_store_bytes: int) -> list[str]:

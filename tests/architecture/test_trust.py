@@ -35,9 +35,7 @@ def breaches(tree: ast.AST, name: str) -> Iterator[tuple[str, int]]:
                 yield from ((a.name, node.lineno) for a in node.names if PICKLES & set(a.name.split(".")))
             case ast.ImportFrom():
                 modules = {f"{node.module or ''}.{alias.name}" for alias in node.names}
-                yield from (
-                    (part, node.lineno) for full in modules for part in full.split(".") if part in PICKLES
-                )
+                yield from ((part, node.lineno) for full in modules for part in full.split(".") if part in PICKLES)
             case ast.Call():
                 yield from ((what, node.lineno) for what in _calls(node, name))
             case ast.Attribute(attr="cloudpickle"):

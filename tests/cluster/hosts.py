@@ -65,7 +65,7 @@ PrintMotd no
 
 def check() -> None:
     """Raise ValueError where a program is missing: how to get it."""
-    wan.check()
+    wan.check("the tests on hosts")
     lacking = [command for command in PACKAGES if shutil.which(command, path=PATHS) is None]
     if lacking:
         packages = " ".join(sorted({PACKAGES[command] for command in lacking}))

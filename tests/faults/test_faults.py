@@ -133,7 +133,7 @@ def test_a_store_that_is_lost_again_and_again_ends_the_run(
         count[0] += 1
         send(signal.SIGKILL, run, "shard", 0)()
 
-    settings = {**SETTINGS, "checkpoint": Checkpoint(every=0), "rounds": 200, "store": Store(shards=1)}
+    settings = {**SETTINGS, "checkpoint": Checkpoint(every=0), "rounds": 200}
     with (
         acting(*[(begun(times), kill) for times in range(2)]),
         pytest.raises(RuntimeError, match="gave up after 1 attempts without a new checkpoint"),

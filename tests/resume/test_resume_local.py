@@ -555,7 +555,18 @@ def test_a_run_that_somebody_takes_up_begins_like_any_other(runs: Path, jobs: li
 def test_a_run_that_starts_again_by_itself_says_so_though_no_round_was_lost(runs: Path) -> None:
     launch(runs / "run", **{**BASE, "rounds": 2, "checkpoint": Checkpoint(every=1)})
     config = replace(load(runs / "run" / "config.yaml"), rounds=3, resume=str(runs / "run"))
-    by_somebody, by_itself = (resolve(config, None, killed=killed) for killed in (False, True))
+    by_somebody, by_itself = (resolve(config, None, goes_on=goes_on) for goes_on in (False, True))
     assert (by_somebody.recoveries, by_somebody.notes) == (0, ())
     note = "the run's process was killed; the run goes on from round 2, 0 round(s) before"
     assert (by_itself.recoveries, by_itself.rounds_again, by_itself.notes) == (1, 0, (note,))
+
+
+def test_a_return_that_was_itself_lost_before_a_checkpoint_counts(runs: Path) -> None:
+    """The process that made it wrote when it began what no checkpoint has."""
+    launch(runs / "run", **{**BASE, "rounds": 2, "checkpoint": Checkpoint(every=1)})
+    with (runs / "run" / "metrics.jsonl").open("a") as told:
+        told.write('{"time_s": 9.0, "event": "start", "round": 2, "recoveries": 1, "rounds_again": 1}\n')
+        told.write('{"time_s": 9.5, "event": "commit", "round": 3, "total/rounds": 3}\n')
+    found = launch(runs / "run", **{**BASE, "rounds": 3}, resume=str(runs / "run"))
+    assert (found.summary["recoveries"], found.summary["rounds_again"]) == (2, 2)
+    assert [(each["recoveries"], each["rounds_again"]) for each in records(runs / "run", "start")] == [(0, 0), (2, 2)]

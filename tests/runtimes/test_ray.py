@@ -134,13 +134,12 @@ def test_parts_of_the_users_own_travel(runs: Path, parts: Any, monkeypatch: pyte
         "outer": parts.HeavyBall(lr=0.6),
         "rounds": 2,
         "inner_steps": 4,
-        "store": Store(shards=1),
     }
     expected = launch(runs / "local", **{**BASE, **settings})
     found = launch(runs / "ray", **{**BASE, **settings, "runtime": RayCluster(object_store_bytes=200 << 20)})
     assert not ray.is_initialized()  # what was started for the run ended with it
     assert digests(found) == digests(expected)
-    plain = launch(runs / "plain", **{**BASE, "rounds": 2, "inner_steps": 4, "store": Store(shards=1)})
+    plain = launch(runs / "plain", **{**BASE, "rounds": 2, "inner_steps": 4})
     assert digests(plain)[0] != digests(found)[0]  # they were used
 
 
@@ -204,7 +203,7 @@ def test_an_island_killed_by_pid_is_started_again_and_takes_part(start: Start, r
     )
 
     with opened_when_joined(back, runs / "run"):
-        result = start("run", workload=workload, rounds=6, checkpoint=Checkpoint(every=1), store=Store(shards=1))
+        result = start("run", workload=workload, rounds=6, checkpoint=Checkpoint(every=1))
     assert not flag.exists()
     assert result.summary["status"] == "finished"
     assert (result.summary["islands_lost"], result.summary["islands_joined"]) == (1, 1)
@@ -261,7 +260,7 @@ def test_a_killed_driver_is_resumed_as_if_it_never_was(start: Start, runs: Path)
     workload = Signalling(
         dropout=0.3, file=str(flag), at_shard=0, at_step=3 * 6 + 3, gate=str(saved), gate_shard=0, gate_step=3 * 6 + 3
     )
-    settings = {"workload": workload, "rounds": 5, "checkpoint": Checkpoint(every=2, keep=9), "store": Store(shards=1)}
+    settings = {"workload": workload, "rounds": 5, "checkpoint": Checkpoint(every=2, keep=9)}
     runtime = RayCluster(tick_s=0.2, object_store_bytes=200 << 20)
     given: dict[str, Any] = {**BASE, **settings, "inner_steps": 6, "segment_steps": 2, "runtime": runtime}
     config = runs / "config.yaml"

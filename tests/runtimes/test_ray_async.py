@@ -16,7 +16,6 @@ from diloco.inner import AdamW
 from diloco.jobs import make_job
 from diloco.layout import Fragments, Outside
 from diloco.messages import Commit, IslandId, ShardId, Snapshot, SourceId, Task
-from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
 from diloco.workers import World
 from tests.conftest import BASE, Start
@@ -34,7 +33,7 @@ SLOW = RayCluster(tick_s=0.2, slowdown=[0.0, 0.03])
 
 
 def test_what_was_logged_can_be_replayed(start: Start) -> None:
-    settings = {**SETTINGS, "outer": DelayedNesterov(delay=2), "store": Store(shards=1)}
+    settings = {**SETTINGS, "outer": DelayedNesterov(delay=2)}
     found = start("found", **settings, schedule=FirstCome(draw=False, damping=0.5, grace_s=0.05), runtime=SLOW)
     commits = records(found.directory, "commit")
     assert len(commits) == 8 and found.summary["contributions"]["accepted"] == 8

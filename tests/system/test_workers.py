@@ -226,7 +226,7 @@ def test_a_killed_worker_takes_its_island_down_and_the_run_goes_on(start: Start,
         file=str(flag), at_shard=1, at_step=6 + 3, at_worker=1, gate=str(back), gate_shard=0, gate_step=3 * 6 + 3
     )
 
-    settings = {"rounds": 6, "checkpoint": Checkpoint(every=1), "store": Store(shards=1)}
+    settings = {"rounds": 6, "checkpoint": Checkpoint(every=1)}
     with opened_when_joined(back, runs / "run"):
         result = start("run", workload=workload, workers=2, replica=ReplicaKind.fsdp2, **settings)
     assert not flag.exists()
