@@ -40,7 +40,7 @@ class Crew:
         self._later: dict[IslandId, float] = {}  # to be started anew at that time
         self._coming: dict[IslandId, float] = {}  # being started, since when
         self._placed: set[IslandId] = set()  # of those
-        self._looked_s, self._said_s = 0.0, 0.0
+        self._looked_s, self._said_s = 0.0, -SAY_MISSING_EVERY_S
         self.leaving: set[str] = set()  # nodes that have announced that they go away
 
     def now_s(self) -> float:

@@ -51,9 +51,7 @@ def check(option: str, commands: Sequence[str] = tuple(PACKAGES)) -> None:
         packages = " ".join(sorted({PACKAGES[command] for command in lacking}))
         raise ValueError(f"{option} needs {' and '.join(lacking)}, not found here: apt-get install {packages}")
     if os.geteuid() != 0:
-        raise ValueError(
-            f"{option} is for network namespaces, which need root: run it with sudo, or in a container as root"
-        )
+        raise ValueError(f"{option} needs root, for network namespaces: run it with sudo, or in a container as root")
 
 
 def bits_per_s(rate: str) -> int:

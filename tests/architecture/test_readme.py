@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)(?: title=(\S+))?\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 SNIPPETS = [(title, text) for language, title, text in BLOCKS if language == "python"]
-SMALL = ["runtime=local", "rounds=1", "data.batch=2", "data.sequence_length=16", "data.eval_sequences=4"]
+SMALL = ["runtime=local", "rounds=1", "data.batch=2", "data.sequence_length=16"]
+SMALL += ["data.eval_sequences=4", "data.max_tokens=400000"]
 
 
 def commands() -> Iterator[str]:
