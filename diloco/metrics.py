@@ -6,8 +6,8 @@ rounds done, without a barrier also the one that is being made; `total/` is the 
 `outer/participating` count islands, `outer/weight` is the share of all examples that is behind the step), stale (a
 contribution was refused), evaluation, checkpoint, warning, late, lost, joined, process (on Ray, one of the run's),
 sample (what the trained model writes), end. A start has the time of day, `unix_s`, and `defaults`: those of the
-configuration's keys that differ from them. `clock_s` is the
-runtime's clock, virtual in runtime local, and `clock_seconds` what a task took by it.
+configuration's keys that differ from them; `recoveries` and `rounds_again` are those so far, with the return that this
+start is. `clock_s` is the runtime's clock, virtual in runtime local, and `clock_seconds` what a task took by it.
 Of several paths a start has their modules and `routing`, an evaluation `eval/loss/PATH` and `eval/load/PATH`. For each
 run of `metrics.beside` an evaluation has `beside/LABEL`: its loss after as many inner steps.
 """

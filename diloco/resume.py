@@ -18,6 +18,7 @@ from diloco.views import RunView
 from diloco.workload import Corpus
 
 MAX_TRIES = 3
+COUNTED = ("recoveries", "rounds_again")
 ELASTIC = ("min_islands", "max_islands", "patience")
 MAY_DIFFER = ("islands", "workers", "rounds", "runtime", "checkpoint", "metrics", "threads_per_worker", *ELASTIC)
 
@@ -68,13 +69,15 @@ def again(start: Start, reason: str) -> Start:
         raise RuntimeError(f"{reason}; gave up after {MAX_TRIES} attempts without a new checkpoint")
     round_ = manifest["view"]["round"] if manifest else 0
     lost = _lost_rounds(start.directory, round_)
+    saved = manifest["view"]["counters"] if manifest else {}
+    recoveries, rounds_again = _counted(start.directory, saved, lost, again=True)
     return replace(
         start,
         checkpoint=path,
         manifest=manifest,
         notes=(*start.notes, _going_on(reason, round_, lost)),
-        recoveries=start.recoveries + 1,
-        rounds_again=start.rounds_again + lost,
+        recoveries=recoveries,
+        rounds_again=rounds_again,
         goes_on=True,
         tries=tries,
     )
@@ -90,10 +93,15 @@ def _lost_rounds(directory: Path, round_: int) -> int:
     return max(max(told, default=0) - round_, 0)
 
 
-def _told_at_start(directory: Path) -> dict[str, int]:
-    """What the run's last process began with, which no checkpoint has where it was killed before its first one."""
-    begun = [record for record in rundir.last_records(directory) if record.get("event") == "start"]
-    return {name: begun[-1].get(name, 0) if begun else 0 for name in ("recoveries", "rounds_again")}
+def _counted(directory: Path, saved: Mapping[str, int], lost: int, *, again: bool) -> tuple[int, int]:
+    """The run's returns to a checkpoint and the rounds lost by them: `saved` in that one, and this return if it is one.
+
+    What the last process began with counts too: no checkpoint has it where that ended before its first one. A process
+    or attempt that never began has counted nothing, so that its return is this one.
+    """
+    begun = rundir.last_start(directory)
+    recoveries, rounds_again = (max(each.get(name, 0) for each in (saved, begun)) for name in COUNTED)
+    return recoveries + again, rounds_again + lost
 
 
 def newest(name: str) -> Path | None:
@@ -136,7 +144,7 @@ def _resumed(config: RunConfig, directory: Path, goes_on: bool) -> Start:
     folder = ckpt.CheckpointFolder(checkpoint_root(saved, directory))
     folder.clean()  # a replacement that was broken off is put back
     path, manifest = folder.newest()
-    counters, round_ = manifest["view"]["counters"], manifest["view"]["round"]
+    round_ = manifest["view"]["round"]
     if round_ > config.rounds:
         raise ValueError(f"rounds={config.rounds}: the checkpoint has {round_} already; give more")
     notes = tuple(f"passed over a damaged checkpoint: {problem}" for problem in folder.problems)
@@ -145,7 +153,8 @@ def _resumed(config: RunConfig, directory: Path, goes_on: bool) -> Start:
     lost = _lost_rounds(directory, round_)  # if it was killed
     if goes_on:
         notes += (_going_on("the run's process was killed", round_, lost),)
-    recoveries, rounds_again = (max(counters.get(name, 0), told) for name, told in _told_at_start(directory).items())
+    counters = manifest["view"]["counters"]
+    recoveries, rounds_again = _counted(directory, counters, lost, again=goes_on or lost > 0)
     return Start(
         config=config,
         directory=directory,
@@ -153,8 +162,8 @@ def _resumed(config: RunConfig, directory: Path, goes_on: bool) -> Start:
         manifest=manifest,
         notes=notes,
         earlier_s=manifest["wall_s"],
-        recoveries=recoveries + (goes_on or lost > 0),
-        rounds_again=rounds_again + lost,
+        recoveries=recoveries,
+        rounds_again=rounds_again,
         goes_on=goes_on,
     )
 

@@ -51,6 +51,17 @@ def last_records(directory: Path, *, tail_bytes: int = TAIL_BYTES) -> list[dict[
     return found
 
 
+def last_start(directory: Path) -> dict[str, Any]:
+    """What the last process of a run told when it began, wherever in metrics.jsonl that is; empty where none did."""
+    found: dict[str, Any] = {}
+    with suppress(OSError), (directory / "metrics.jsonl").open("rb") as file:
+        for line in file:
+            if b'"event": "start"' in line:
+                with suppress(ValueError):  # cut
+                    found = json.loads(line)
+    return found
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dots in the keys."""
     found: dict[str, Any] = {}

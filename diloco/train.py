@@ -178,7 +178,7 @@ class _Session:
         coordinator = Coordinator(schedule=schedule, run=self._view)
         defaults = configuration.defaults_of_changed(self._config)
         paths = summary.told_at_start(self._view.paths, self._corpus.describe())
-        lost = {"recoveries": self._start.recoveries, "rounds_again": self._start.rounds_again}
+        lost = {name: vars(self._start)[name] for name in resume.COUNTED}
         now = {"round": self._view.round, "unix_s": time.time()}
         begun = {"event": "start", **now, **lost, **self._environment, "defaults": defaults, **paths}
         writer.write(begun)

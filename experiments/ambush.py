@@ -1,8 +1,7 @@
 """Kills at chosen moments of a run: when a process of it comes to some phase, it ends another one, or itself.
 
 A module of parts of one's own: `--import experiments.ambush`, with DILOCO_AMBUSH=VICTIM:PHASE:ROUND,...@FOLDER in the
-environment of all processes. FOLDER holds `runs/`, and gets a file named VICTIM:PHASE:ROUND for each kill when that is
-made, which is once.
+environment of all processes. FOLDER holds `runs/`. Each kill is made once; a file there, VICTIM:PHASE:ROUND, has whom.
 """
 
 from __future__ import annotations
@@ -35,10 +34,13 @@ def lay(victim: str, phase: str, round_: int, folder: Path) -> None:
 
     def spring() -> None:
         try:
-            os.close(os.open(folder / named(victim, phase, round_), os.O_CREAT | os.O_EXCL))
+            made = os.open(folder / named(victim, phase, round_), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             return
-        os.kill(_pid_of(victim, folder / "runs" / "latest"), signal.SIGKILL)
+        pid = _pid_of(victim, folder / "runs" / "latest")
+        os.kill(pid, 0)  # it is there
+        os.write(made, str(pid).encode())  # before, since it may be this process
+        os.kill(pid, signal.SIGKILL)
 
     match phase:
         case "training":

@@ -79,8 +79,12 @@ def drawn(
             victim=draw.random(),
             lasts_s=draw.uniform(*lasts_s),
         )
-        for index in range(int(minutes * 60 / stretch_s))
+        for index in range(_count(minutes, per_hour))
     ]
+
+
+def _count(minutes: float, per_hour: float) -> int:
+    return int(minutes * per_hour / 60)
 
 
 class Chaos:
@@ -217,7 +221,7 @@ def _checked(options: argparse.Namespace) -> tuple[list[str], tuple[float, float
     except ValueError:
         raise ValueError(f"--lasts {options.lasts} is not two numbers of seconds, such as 2:15") from None
     if not 0 <= least_s <= most_s < math.inf:
-        raise ValueError(f"--lasts {options.lasts}: the first is to be the smaller, and not negative")
+        raise ValueError(f"--lasts {options.lasts}: give two finite numbers, 0 <= first <= second")
     if set(kinds) & set(NETWORK):
         _check_hosts(options)
     if "join" in kinds:
@@ -234,8 +238,8 @@ def checked_kinds(options: argparse.Namespace) -> list[str]:
         raise ValueError(f"--kinds {unknown[0]} is unknown; use some of {', '.join(KINDS)}")
     given = f"--minutes {options.minutes:g} and --per-hour {options.per_hour:g}"
     if not (0 < options.minutes < math.inf and 0 < options.per_hour < math.inf):
-        raise ValueError(f"{given} must be positive")
-    if options.minutes * options.per_hour < 60:
+        raise ValueError(f"{given} must be positive and finite")
+    if not _count(options.minutes, options.per_hour):
         raise ValueError(f"{given} are less than one fault; give more of one of them")
     return kinds
 
@@ -255,11 +259,11 @@ def _check_hosts(options: argparse.Namespace) -> None:
 
 
 def _check_command(join: str) -> None:
-    if not join:
+    if not join.strip():
         raise ValueError("--kinds join needs --join COMMAND, such as one that starts a Ray node")
     try:
         program = shlex.split(join)[0]
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
         raise ValueError(f"--join {join!r} is no command: {error}") from None
     if shutil.which(program) is None:
         raise ValueError(f"--join {join!r}: there is no program {program} here")

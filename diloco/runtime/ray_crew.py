@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -40,7 +41,7 @@ class Crew:
         self._later: dict[IslandId, float] = {}  # to be started anew at that time
         self._coming: dict[IslandId, float] = {}  # being started, since when
         self._placed: set[IslandId] = set()  # of those
-        self._looked_s, self._said_s = 0.0, -SAY_MISSING_EVERY_S
+        self._looked_s, self._said_s = 0.0, -math.inf
         self.leaving: set[str] = set()  # nodes that have announced that they go away
 
     def now_s(self) -> float:
@@ -50,6 +51,7 @@ class Crew:
     def resumed(self, now_s: float) -> None:
         """The clock goes on from there."""
         self._start_s -= now_s
+        self._coming = {island: at_s + now_s for island, at_s in self._coming.items()}
 
     # --- the start ---
 

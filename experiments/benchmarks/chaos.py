@@ -35,6 +35,7 @@ from diloco.jobs import make_job
 from experiments import aftermath, chaos, journal
 from experiments.benchmarks import chaos_matrix, common, wan
 from experiments.benchmarks.pace import ROOT, environment_alone
+from experiments.entry import MISTAKE
 
 ISLANDS = 4
 KINDS = "kill,stall"
@@ -97,9 +98,10 @@ def _training(place: Place, folder: Path, options: Sequence[str]) -> Iterator[Pa
         run = folder / "runs" / "latest"
 
         def settled() -> bool:
+            if process.poll() == MISTAKE:
+                raise ValueError((folder / "output.txt").read_text().rpartition("error: ")[2].strip())
             if process.poll() is not None:
-                said = (folder / "output.txt").read_text().strip().rpartition("\n")[2]
-                raise ValueError(f"the run ended before it had begun: {said}")
+                raise RuntimeError(f"the run ended too early:\n{(folder / 'output.txt').read_text()[-2000:]}")
             return _commits(run) >= SETTLE_COMMITS
 
         try:
@@ -150,7 +152,11 @@ def _stormy(place: Place, folder: Path, options: argparse.Namespace, extra: Sequ
         command = [sys.executable, "-m", "experiments.cli", "chaos", *arguments]
         with (folder / "chaos.txt").open("wb") as output:
             striker = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=place.variables()
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**wan.RAY_SETTINGS, **place.variables()},
             )
             time.sleep(seconds)
             end_s, after = _tokens(run)
@@ -229,6 +235,7 @@ def measure(options: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any]
         "ratio_net_of_restarts": common.rounded(ratio / (1 - stolen), digits=3),
         "faults": report["faults"],
         "faults_per_hour": round(sum(report["faults"].values()) / storm["seconds"] * 3600),
+        "recoveries": summary["recoveries"],
         "restarts": storm["restarts"],
         "restart_cpu_s": common.rounded(storm["restart_cpu_s"] / max(storm["restarts"], 1), digits=3),
         "rounds_lost": summary["rounds_again"],
@@ -256,15 +263,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings", nargs="*", default=[], help="key=value: other settings of the runs, the same for all"
     )
     options = parser.parse_intermixed_args(argv)
-    alone = {"matrix": True, "quick": options.quick}
-    more = [name for name, value in vars(options).items() if value != alone.get(name, parser.get_default(name))]
+    given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     if options.quick:
         options.minutes, options.per_hour = 0.3, 400.0
-    return common.run(lambda: _matrix(options, more) if options.matrix else _checked(options))
+    return common.run(lambda: _matrix(options, given) if options.matrix else _checked(options))
 
 
-def _matrix(options: argparse.Namespace, more: Sequence[str]) -> dict[str, Any]:
-    if more:
+def _matrix(options: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
+    names = {"settings": "key=value", "per_hour": "--per-hour"}
+    if more := [names.get(name, f"--{name}") for name in given if name not in ("matrix", "quick")]:
         raise ValueError(f"--matrix has runs and kills of its own; leave {', '.join(more)} out")
     chosen = chaos_matrix.COMBINATIONS[: 1 if options.quick else None]
     return {"benchmark": "chaos --matrix", **chaos_matrix.measure(chosen)}
@@ -272,8 +279,13 @@ def _matrix(options: argparse.Namespace, more: Sequence[str]) -> dict[str, Any]:
 
 def _checked(options: argparse.Namespace) -> dict[str, Any]:
     kinds = chaos.checked_kinds(options)
-    if options.wan is None and set(kinds) & {*chaos.NETWORK, "join"}:
-        raise ValueError(f"--kinds {', '.join((*chaos.NETWORK, 'join'))} need hosts: give --wan RATE")
+    if "driver" in kinds:
+        raise ValueError("--kinds driver: the runs of this benchmark are not started again; --matrix has that kill")
+    if options.wan is not None:
+        wan.check("--wan")
+        wan.bits_per_s(options.wan)
+    elif far := [kind for kind in kinds if kind in (*chaos.NETWORK, "node", "join")]:
+        raise ValueError(f"--kinds {far[0]} needs hosts: give --wan RATE")
     if options.to and options.to.exists() and not (options.to.is_dir() and not any(options.to.iterdir())):
         raise ValueError(f"--to {options.to} is no empty folder; give one, or a new one")
     return measure(options, options.settings)

@@ -6,6 +6,7 @@ Used by `python -m experiments.benchmarks.chaos --matrix`, and for some combinat
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from experiments.benchmarks.pace import environment_alone
 
 FIRST, EVERY, AFTER = 2, 2, 3  # round of the first kill; rounds between two, so that they do not meet; after the last
 STEPS, BATCH, LENGTH = 4, 4, 32
-LIMIT_S = 240.0
+LIMIT_S, MORE_S = 240.0, 60.0  # for a run with one kill, for each further one
 LEFT_S = 45.0  # for what a killed run has started to be gone
 COMBINATIONS = [(victim, phase) for victim in VICTIMS for phase in PHASES]
 
@@ -68,17 +69,27 @@ def ambushed(*combinations: tuple[str, str]) -> Outcome:
         folder = Path(scratch)
         corpus = folder / "corpus.txt"
         corpus.write_text("".join(f"{i} and {i + 1} make {2 * i + 1}.\n" for i in range(4000)))
-        command = [sys.executable, "-m", "experiments.train", "--restarts", "3", "--import", "experiments.ambush"]
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.train",
+            "--restarts",
+            str(2 + len(kills)),
+            "--import",
+            "experiments.ambush",
+        ]
         command += settings(corpus, rounds)
         environment = {**environment_alone(), ambush.VARIABLE: f"{','.join(kills)}@{folder}"}
         with (folder / "output.txt").open("wb") as output:
             process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
             try:
-                status = process.wait(LIMIT_S * len(kills))
+                status = process.wait(LIMIT_S + MORE_S * (len(kills) - 1))
             except subprocess.TimeoutExpired:
+                status = 128 + signal.SIGKILL
+            finally:
                 process.kill()
-                status = process.wait()
-        problems = [f"no kill {each}" for each in kills if not (folder / each).exists()]
+                process.wait()
+        problems = [f"no kill {each}" for each in kills if not _has_text(folder / each)]
         problems += _problems(folder, status, rounds)
         summary: dict[str, Any] = {}
         with suppress(OSError, ValueError):
@@ -93,6 +104,10 @@ def ambushed(*combinations: tuple[str, str]) -> Outcome:
         islands_lost=summary.get("islands_lost", 0),
         problems=tuple(problems),
     )
+
+
+def _has_text(path: Path) -> bool:
+    return path.exists() and bool(path.read_text())
 
 
 def _problems(folder: Path, status: int, last: int) -> list[str]:

@@ -66,6 +66,8 @@ MISTAKES = {
     "lr=0.1": ["unknown key lr", "inner.lr", "outer.lr"],
     "outer=sgd outer.momentum=.5": ["outer.momentum", "outer=nesterov"],
     "islands=two": ["islands=two", "an integer"],
+    "islands=4 islands=two": ["islands=two", "an integer"],  # the one that counts
+    "codec=int8 codec=bfloat": ["codec=bfloat", "no such choice"],
     "inner.lr=high": ["inner.lr=high", "a number"],
     "metrics.live=maybe": ["metrics.live=maybe", "true or false"],
     "inner.rate=square": ["inner.rate=square", "cosine, wsd, constant"],

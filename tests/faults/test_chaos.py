@@ -53,16 +53,16 @@ def test_the_same_seed_is_the_same_schedule() -> None:
         (["--kinds=kill,explode"], "--kinds explode is unknown; use some of kill, stall"),
         (["--minutes=0"], "--minutes 0 and --per-hour 125 must be positive"),
         (["--per-hour=-1"], "must be positive"),
-        (["--minutes=inf"], "must be positive"),
+        (["--minutes=inf"], "must be positive and finite"),
         (["--minutes=.1"], "--minutes 0.1 and --per-hour 125 are less than one fault"),
         (["--lasts=9"], "--lasts 9 is not two numbers of seconds, such as 2:15"),
-        (["--lasts=9:2"], "--lasts 9:2: the first is to be the smaller"),
-        (["--lasts=9:inf"], "--lasts 9:inf: the first"),
+        (["--lasts=9:2"], "--lasts 9:2: give two finite numbers, 0 <= first <= second"),
+        (["--lasts=9:inf"], "--lasts 9:inf: give two finite numbers"),
         (["--kinds=cut"], "--kinds cut and slow need --hosts PREFIX"),
         (["--kinds=join"], "--kinds join needs --join COMMAND"),
         (["--kinds=join", "--join=no-such-program a"], "there is no program no-such-program here"),
         (["--kinds=join", "--join=ray 'start"], "is no command: No closing quotation"),
-        (["--kinds=join", "--join= "], "is no command"),
+        (["--kinds=join", "--join= "], "--kinds join needs --join COMMAND"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -99,11 +99,13 @@ def test_hosts_and_rates_are_looked_at_before_the_first_fault(
         (["--kinds=kill,explode"], "--kinds explode is unknown"),
         (["--minutes=0"], "must be positive"),
         (["--wan=fast"], "rate 'fast' is not a number with kbit, mbit or gbit between 8kbit and 32gbit"),
-        (["--wan=1gbit", "--matrix"], "--matrix has runs and kills of its own; leave wan out"),
-        (["--matrix", "--minutes=5", "inner_steps=4"], "leave minutes, settings out"),
-        (["--kinds=kill,cut"], "--kinds cut, slow, join need hosts: give --wan RATE"),
+        (["--wan=1gbit", "--matrix"], "--matrix has runs and kills of its own; leave --wan out"),
+        (["--matrix", "--per-hour=5", "inner_steps=4"], "leave --per-hour, key=value out"),
+        (["--kinds=kill,cut"], "--kinds cut needs hosts: give --wan RATE"),
+        (["--kinds=node"], "--kinds node needs hosts: give --wan RATE"),
+        (["--kinds=kill,driver"], "--kinds driver: the runs of this benchmark are not started again"),
         (["--to", str(ROOT)], "is no empty folder; give one, or a new one"),
-        (["--quick", "islands=many"], "the run ended before it had begun: error: "),
+        (["--quick", "islands=many"], "error: islands=many: islands must be an integer"),
     ],
 )
 def test_mistakes_of_the_benchmark_are_told_before_it_begins(
@@ -250,7 +252,7 @@ def test_a_line_of_a_journal_that_was_cut_off_is_left_out(
 # --- with real processes ---
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_what_is_durable_stays_when_one_process_after_the_other_is_killed() -> None:
     """It finishes, no round counts twice, and no process is left. Six of 24; all of them alone: `chaos --matrix`."""
     assert len(COMBINATIONS) == 24
@@ -258,6 +260,7 @@ def test_what_is_durable_stays_when_one_process_after_the_other_is_killed() -> N
     outcome = ambushed(*kills, ("node", "training"), ("rank1", "pushing"))
     assert outcome.problems == ()
     assert outcome.recoveries == 3  # what holds the store, the driver, or both was gone
+    assert outcome.islands_lost >= 1  # the second; the first may have been in a round that was lost
 
 
 @pytest.mark.timeout(600)

@@ -19,7 +19,7 @@ from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
 from tests.conftest import BASE, ROOT
 from tests.faults.acting import acting, committed, told
-from tests.toy import launch, records, warned
+from tests.toy import Signalling, launch, opened_when_joined, records, warned
 
 pytestmark = [
     pytest.mark.timeout(300),  # four nodes on this machine's cores
@@ -71,7 +71,9 @@ def test_an_island_whose_node_leaves_hands_all_of_its_round_over(
     """It is told that a place is missing; then a node comes, and the island goes on there. No work is lost."""
     monkeypatch.setattr(ray_crew, "MISSING_S", 1.0)
     monkeypatch.setattr(ray_crew, "LOOK_EVERY_S", 1.0)
-    run = runs / "run"
+    run, back = runs / "run", runs / "back"
+    # Island 0 has the store beside it, so it stays; it waits in round 10 for the other to be back.
+    workload = Signalling(gate=str(back), gate_shard=0, gate_step=10 * 6)
     left: list[str] = []
     came: list[subprocess.Popen[bytes]] = []
 
@@ -87,12 +89,12 @@ def test_an_island_whose_node_leaves_hands_all_of_its_round_over(
         came.append(start_node(cluster.address))
 
     try:
-        with acting((committed(run, 2), leave), (missed, come)):
-            result = launch(run, **{**SETTINGS, "rounds": 40})
+        with acting((committed(run, 2), leave), (missed, come)), opened_when_joined(back, run):
+            result = launch(run, **{**SETTINGS, "workload": workload, "rounds": 14, "patience": 100.0})
     finally:
         for node in came:
             node.terminate()
-            node.wait()
+            node.wait(60)
     (lost,) = records(run, "lost")
     assert lost["message"] == "its node is leaving; all its work was handed over"
     island = lost["island"]

@@ -28,7 +28,7 @@ from diloco.layout import Fragments, Outside
 from diloco.merge import Mean
 from diloco.messages import Tensors
 from diloco.outer import Nesterov
-from diloco.resume import resolve
+from diloco.resume import again, resolve
 from diloco.runtime.base import Job, Store
 from diloco.runtime.local import Local, LocalBackend
 from diloco.schedule import Barrier
@@ -570,3 +570,16 @@ def test_a_return_that_was_itself_lost_before_a_checkpoint_counts(runs: Path) ->
     found = launch(runs / "run", **{**BASE, "rounds": 3}, resume=str(runs / "run"))
     assert (found.summary["recoveries"], found.summary["rounds_again"]) == (2, 2)
     assert [(each["recoveries"], each["rounds_again"]) for each in records(runs / "run", "start")] == [(0, 0), (2, 2)]
+
+
+def test_an_attempt_that_never_began_loses_nothing_more(runs: Path) -> None:
+    """What the run had lost by then is still in its metrics, which the next process to begin cuts back."""
+    launch(runs / "run", **{**BASE, "rounds": 2, "checkpoint": Checkpoint(every=1)})
+    config = replace(load(runs / "run" / "config.yaml"), rounds=9, resume=str(runs / "run"))
+    start = resolve(config, None)
+    with (runs / "run" / "metrics.jsonl").open("a") as told:
+        told.write('{"time_s": 9.0, "event": "commit", "round": 5, "total/rounds": 5}\n')
+    once = again(start, "a shard is gone.")
+    twice = again(once, "a process was lost while the run started")
+    assert (once.recoveries, once.rounds_again, once.tries) == (1, 3, 1)
+    assert (twice.recoveries, twice.rounds_again, twice.tries) == (1, 3, 2)
