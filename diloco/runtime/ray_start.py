@@ -21,6 +21,7 @@ from diloco.runtime import reaper
 from diloco.runtime.base import Job
 from diloco.runtime.ray_address import connect_to
 from diloco.runtime.ray_refs import SAY_EVERY_S, listed
+from diloco.runtime.ray_signals import daemons_apart, own_answers
 
 PROCESS_BYTES = 600 << 20  # what an island's imports and a small model take at least
 PLACEMENT_WAIT_S = 15.0  # for what a run that just ended still holds
@@ -42,7 +43,8 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
         _check_cluster(job)
         return False
     if address:
-        connect_to(address, runtime_env)
+        with own_answers():
+            connect_to(address, runtime_env)
         try:
             _check_cluster(job)
         except ValueError:
@@ -55,15 +57,16 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
     # Memory is slow when it is touched for the first time; but much of it takes long to start with.
     os.environ.setdefault("RAY_preallocate_plasma_memory", str(int(object_store_bytes <= LARGE_STORE_BYTES)))
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves islands beside any other busy process
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, sum(job.workers) * job.threads_per_worker),
-        object_store_memory=object_store_bytes,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env=runtime_env,
-    )
+    with own_answers(), daemons_apart():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, sum(job.workers) * job.threads_per_worker),
+            object_store_memory=object_store_bytes,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=runtime_env,
+        )
     return True
 
 

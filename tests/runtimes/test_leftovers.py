@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from diloco import RunConfig
+from diloco.checkpoint import Checkpoint
 from diloco.config import to_yaml
 from diloco.metrics import Metrics
 from diloco.runtime import reaper
@@ -44,7 +45,7 @@ def marked(folder: Path) -> list[str]:
     return [command for command in found if command]  # a zombie has none
 
 
-def drive(folder: Path, **settings: object) -> subprocess.Popen[str]:
+def drive(folder: Path, *, within: Sequence[str] = (), **settings: object) -> subprocess.Popen[str]:
     config = RunConfig(
         **{"imports": ["tests.toy"], "workload": Line(), "rounds": 3, "inner_steps": 4, **settings},  # type: ignore[arg-type]
         islands=1,
@@ -55,7 +56,7 @@ def drive(folder: Path, **settings: object) -> subprocess.Popen[str]:
     (folder / "config.yaml").write_text(to_yaml(config))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(folder / "config.yaml"), str(folder / "run")],
+        [*within, sys.executable, "-c", DRIVER, str(folder / "config.yaml"), str(folder / "run")],
         env=environment | {"PYTHONPATH": str(ROOT), MARK: str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -96,6 +97,32 @@ def test_a_run_that_is_broken_off_leaves_no_process(
     while left := [*marked(tmp_path), *(process for process in started if process.is_running())]:
         assert time.monotonic() < deadline_s, left
         time.sleep(0.1)
+
+
+def test_a_signal_for_its_group_is_for_the_run_and_not_for_its_ray(tmp_path: Path) -> None:
+    """`timeout` sends one, which the run answers with a last checkpoint."""
+    with drive(tmp_path, within=["timeout", "500"], rounds=100_000, checkpoint=Checkpoint(every=0)) as driver:
+        wait_for(lambda: training(tmp_path))
+        driver.send_signal(signal.SIGTERM)
+        told, _ = driver.communicate(timeout=50)
+    assert told.splitlines()[-1] == "interrupted"
+    assert list((tmp_path / "run" / "checkpoints").glob("round-*"))
+    wait_for(lambda: not marked(tmp_path), limit_s=30)
+
+
+def test_sigterm_while_a_run_starts_is_answered_as_ctrl_c(tmp_path: Path) -> None:
+    """And not with Ray's dump of registers."""
+    command = [sys.executable, "-m", "experiments.train", "--import", "tests.toy", "workload=line", "islands=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: str(tmp_path)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as driver:
+        wait_for(lambda: any("ray::" in each for each in marked(tmp_path)))  # Ray's first: it still starts
+        driver.send_signal(signal.SIGTERM)
+        told, _ = driver.communicate(timeout=50)
+    assert (driver.returncode, told.splitlines()[-1]) == (130, "interrupted")
+    assert not (tmp_path / "runs").exists()
+    wait_for(lambda: not marked(tmp_path), limit_s=30)
 
 
 def test_an_agent_without_the_mark_is_known_by_the_log_that_it_has_open(tmp_path: Path) -> None:
