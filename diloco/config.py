@@ -121,9 +121,8 @@ class RunConfig:
             self.min_islands = self.min_islands or self.islands
             self.islands = self.max_islands
         if self.min_islands > self.islands:
-            raise ValueError(
-                f"min_islands={self.min_islands} is more than islands={self.islands}; give fewer, or max_islands="
-            )
+            most = f"max_islands={self.islands}" if self.max_islands else f"islands={self.islands}"
+            raise ValueError(f"min_islands={self.min_islands} is more than {most}; give fewer, or more max_islands")
         if self.min_islands and self.runtime.waits_for_all:
             raise ValueError(
                 "min_islands and max_islands need islands that come and go: use runtime=ray_cluster,"

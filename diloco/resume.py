@@ -89,8 +89,12 @@ def _going_on(reason: str, round_: int, lost: int) -> str:
 
 def _lost_rounds(directory: Path, round_: int) -> int:
     """Rounds after that one which metrics.jsonl tells of."""
-    told = (record.get("total/rounds", 0) for record in rundir.last_records(directory))
-    return max(max(told, default=0) - round_, 0)
+    return max(int(_told(directory, "total/rounds")) - round_, 0)
+
+
+def _told(directory: Path, figure: str) -> float:
+    """The most that the newest lines of metrics.jsonl tell of a figure that only grows."""
+    return max((record.get(figure, 0) for record in rundir.last_records(directory)), default=0)
 
 
 def _counted(directory: Path, saved: Mapping[str, int], lost: int, *, again: bool) -> tuple[int, int]:
@@ -161,7 +165,7 @@ def _resumed(config: RunConfig, directory: Path, goes_on: bool) -> Start:
         checkpoint=path,
         manifest=manifest,
         notes=notes,
-        earlier_s=manifest["wall_s"],
+        earlier_s=max(manifest["wall_s"], _told(directory, "time_s")),  # what was lost took its time too
         recoveries=recoveries,
         rounds_again=rounds_again,
         goes_on=goes_on,

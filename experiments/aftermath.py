@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TAIL_BYTES = 1 << 16
 FATAL = ("kill", "node")  # of an island
+GOES_ON, GONE = "goes on", "is gone"  # what a run without an end may be
 
 
 def records(run: Path, *events: str) -> Iterator[dict[str, Any]]:
@@ -87,8 +88,8 @@ def went_on(run: Path, acts: Sequence[Act]) -> bool:
     )
 
 
-def told(run: Path, acts: Sequence[Act], begun_s: float) -> dict[str, Any]:
-    """The figures of a report."""
+def told(run: Path, acts: Sequence[Act], begun_s: float, *, there: bool) -> dict[str, Any]:
+    """The figures of a report. `there`: whether the process that drives the run is, where the run has no end yet."""
     history = History(run)
     ended = [(act, act.island) for act in acts if act.kind in FATAL and act.island is not None]
     commits = [history.next_commit_s(act.unix_s) for act in acts]
@@ -105,8 +106,9 @@ def told(run: Path, acts: Sequence[Act], begun_s: float) -> dict[str, Any]:
         "commits": events["commit"],
         "rounds_again": summary.get("rounds_again"),
         "recoveries": summary.get("recoveries"),
-        "status": summary.get("status"),
+        "status": summary.get("status", GOES_ON if there else GONE),
         "next_commit_s": _spread(commits),
+        "no_commit_after": sum(seconds is None for seconds in commits),
         "contributes_again_s": _spread(back),
         "not_back": sum(seconds is None for seconds in back),
     }
@@ -127,17 +129,20 @@ def lines(report: Mapping[str, Any]) -> list[str]:
         return "-" if found is None else f"{found['median']:.1f} s in the median, {found['most']:.1f} s at most"
 
     faults = ", ".join(f"{count} {kind}" for kind, count in report["faults"].items()) or "none"
+    none = f"; {report['missed']} more found nobody" if report["missed"] else ""
+    after = f"; none after {report['no_commit_after']} of them" if report["no_commit_after"] else ""
+    resume = "; diloco train resume=RUN goes on with it" if report["status"] == GONE else ""
     return [
-        f"faults                   {faults}",
+        f"faults                   {faults}{none}",
         f"islands lost, joined     {report['islands_lost']}, {report['islands_joined']}",
         f"outer steps meanwhile    {report['commits']}",
-        f"until the next one       {spread('next_commit_s')}",
+        f"until the next one       {spread('next_commit_s')}{after}",
         f"until one contributes    {spread('contributes_again_s')}; not seen again: {report['not_back']}",
         f"returns to checkpoints   {_or_not_yet(report['recoveries'])}",
         f"rounds trained again     {_or_not_yet(report['rounds_again'])}",
-        f"the run                  {report['status'] or 'goes on'}",
+        f"the run                  {report['status']}{resume}",
     ]
 
 
 def _or_not_yet(value: object) -> str:
-    return "known at the run's end" if value is None else str(value)
+    return "in summary.json at the run's end" if value is None else str(value)

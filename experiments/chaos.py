@@ -39,6 +39,7 @@ KINDS = {
 }
 POLL_S = 0.1
 END_S = 60.0  # for the run to show that it goes on after the last fault
+GONE_STATUS = 1  # exit status where the run did not outlive its faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ class Chaos:
     def __init__(self, run: Path, options: argparse.Namespace) -> None:
         self._cast, self._options = Cast(run), options
         self.acts: list[Act] = []
+        self.missed = 0  # faults for which there was nobody
         self._ends: list[tuple[float, Callable[[], object]]] = []  # when to undo what
 
     def go(self, faults: Sequence[Fault], over: Callable[[], bool]) -> None:
@@ -135,7 +137,8 @@ class Chaos:
             drivers = {each.raylet for each in self._cast.living("evaluator")}  # which lives where the driver does
             there = [each for each in there if each.raylet not in drivers]
         if not there:
-            print(f"{fault.kind}: there is no {role} now", flush=True)
+            self.missed += 1
+            print(f"{time.strftime('%H:%M:%S')}  {fault.kind:9} there is no {role} now", flush=True)
             return
         chosen = there[int(fault.victim * len(there))]
         pid = chosen.raylet if fault.kind == "node" else chosen.pid
@@ -202,12 +205,13 @@ def strike(options: argparse.Namespace) -> int:
     print(f"that was the last; waiting until the run has gone on, for at most {END_S:.0f} s", flush=True)
     while not over() and not aftermath.went_on(run, chaos.acts) and time.monotonic() < end_s:
         time.sleep(POLL_S)
-    report = aftermath.told(run, chaos.acts, begun_s)
+    there = bool(Cast(run).living("driver"))
+    report = {"missed": chaos.missed, **aftermath.told(run, chaos.acts, begun_s, there=there)}
     told = {"schedule": [asdict(fault) for fault in faults], "acts": [asdict(act) for act in chaos.acts], **report}
     (run / "chaos.json").write_text(json.dumps(told, indent=1) + "\n")
     print("\n".join(aftermath.lines(report)))
     print(run / "chaos.json")
-    return 0
+    return 0 if report["status"] != aftermath.GONE else GONE_STATUS
 
 
 def _checked(options: argparse.Namespace) -> tuple[list[str], tuple[float, float]]:
@@ -235,7 +239,7 @@ def checked_kinds(options: argparse.Namespace) -> list[str]:
     """The kinds of faults that are asked for. Raises ValueError for one that is none, and where there is no fault."""
     kinds: list[str] = options.kinds.split(",")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"--kinds {unknown[0]} is unknown; use some of {', '.join(KINDS)}")
+        raise ValueError(f"--kinds {unknown[0] or 'nothing'} is unknown; use some of {', '.join(KINDS)}")
     given = f"--minutes {options.minutes:g} and --per-hour {options.per_hour:g}"
     if not (0 < options.minutes < math.inf and 0 < options.per_hour < math.inf):
         raise ValueError(f"{given} must be positive and finite")

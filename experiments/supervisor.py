@@ -26,13 +26,16 @@ def watch(command: Sequence[str], restarts: int) -> int:
         told = Path(folder) / "directory"
         arguments = list(command)
         for left in reversed(range(restarts + 1)):
-            again = {STARTED_AGAIN: "1"} if left < restarts else {}
-            status, asked = _run(arguments, {DIRECTORY_TOLD: str(told), **again})
-            if asked or left == 0 or not _killed(status, told):
+            known = {STARTED_AGAIN: "1"} if left < restarts else {}
+            status, asked = _run(arguments, {DIRECTORY_TOLD: str(told), **known})
+            killed = _killed(status, told)
+            arguments = _going_on(arguments, told) if killed else arguments
+            if killed and not asked:
+                again = f"starting it again, {left - 1} more time(s)" if left else _given_up(arguments)
+                text = f"warning: the run's process was killed (exit status {status}); {again}"
+                print(text, file=sys.stderr, flush=True)
+            if asked or left == 0 or not killed:
                 return status if status >= 0 else 128 - status
-            arguments = _going_on(arguments, told)
-            text = f"the run's process was killed (exit status {status}); starting it again, {left - 1} more time(s)"
-            print(f"warning: {text}", file=sys.stderr, flush=True)
     raise AssertionError("the last time returns")
 
 
@@ -67,6 +70,11 @@ def _killed(status: int, told: Path) -> bool:
     if status < 0:
         return True
     return status not in SAID and told.is_file() and concluded_ns(Path(told.read_text())) < told.stat().st_mtime_ns
+
+
+def _given_up(arguments: Sequence[str]) -> str:
+    resume = [each for each in arguments if each.startswith("resume=")]
+    return f"no more restarts; go on with: diloco train {resume[0]}" if resume else "no more restarts"
 
 
 def _going_on(arguments: Sequence[str], told: Path) -> list[str]:

@@ -46,15 +46,8 @@ STORE_BYTES = 200 << 20  # of a host
 SETTINGS = [
     *("name=chaos", f"islands={ISLANDS}", "inner_steps=10", "segment_steps=5", "rounds=100000", "eval_every=50"),
     *("workload.model=micro", "data.tokenizer=bytes", "data.batch=8", "data.sequence_length=128", "inner.lr=1e-3"),
-    *(
-        "schedule=first_come",
-        "outer=delayed_nesterov",
-        "codec=int8",
-        "store.shards=2",
-        "checkpoint.every=10",
-        "checkpoint.keep=999",
-    ),
-    *("patience=3", "metrics.live=false"),
+    *("schedule=first_come", "outer=delayed_nesterov", "codec=int8", "store.shards=2", "checkpoint.every=10"),
+    *("checkpoint.keep=999", "patience=3", "metrics.live=false"),
 ]
 
 
@@ -286,7 +279,15 @@ def _checked(options: argparse.Namespace) -> dict[str, Any]:
         wan.bits_per_s(options.wan)
     elif far := [kind for kind in kinds if kind in (*chaos.NETWORK, "node", "join")]:
         raise ValueError(f"--kinds {far[0]} needs hosts: give --wan RATE")
-    if options.to and options.to.exists() and not (options.to.is_dir() and not any(options.to.iterdir())):
+    if chosen := [each for each in options.settings if each.startswith("runtime=")]:
+        raise ValueError(f"{chosen[0]}: the runs are on Ray, whose processes are killed; leave it out")
+    try:
+        if options.to:
+            options.to.mkdir(parents=True, exist_ok=True)
+        used = options.to and any(options.to.iterdir())
+    except OSError as error:
+        raise ValueError(f"--to {options.to} cannot be made: {error.strerror}; give another folder") from error
+    if used:
         raise ValueError(f"--to {options.to} is no empty folder; give one, or a new one")
     return measure(options, options.settings)
 

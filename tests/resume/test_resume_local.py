@@ -569,6 +569,7 @@ def test_a_return_that_was_itself_lost_before_a_checkpoint_counts(runs: Path) ->
         told.write('{"time_s": 9.5, "event": "commit", "round": 3, "total/rounds": 3}\n')
     found = launch(runs / "run", **{**BASE, "rounds": 3}, resume=str(runs / "run"))
     assert (found.summary["recoveries"], found.summary["rounds_again"]) == (2, 2)
+    assert found.summary["wall_s"] > 9.5  # what was lost took its time too
     assert [(each["recoveries"], each["rounds_again"]) for each in records(runs / "run", "start")] == [(0, 0), (2, 2)]
 
 
