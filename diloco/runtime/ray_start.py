@@ -39,6 +39,7 @@ def connect(job: Job, *, address: str, object_store_bytes: int) -> bool:
     """
     runtime_env = {"py_modules": _modules(job.imports)} if job.imports else None
     address = address or os.environ.get("RAY_ADDRESS", "")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of islands that were given up: the log tells of them
     if ray.is_initialized():
         _check_cluster(job)
         return False
