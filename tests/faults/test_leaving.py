@@ -21,10 +21,7 @@ from tests.conftest import BASE, ROOT
 from tests.faults.acting import acting, committed, told
 from tests.toy import Signalling, launch, opened_when_joined, records, warned
 
-pytestmark = [
-    pytest.mark.timeout(300),  # four nodes on this machine's cores
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # Ray's Cluster leaves sockets open
-]
+pytestmark = pytest.mark.timeout(300)  # four nodes on this machine's cores
 
 SLOW = RayCluster(tick_s=0.2, slowdown=[0.1, 0.1, 0.1])
 SETTINGS: dict[str, Any] = {**BASE, "runtime": SLOW, "islands": 3, "rounds": 12, "eval_every": 0}
@@ -34,7 +31,7 @@ SETTINGS: dict[str, Any] = {**BASE, "runtime": SLOW, "islands": 3, "rounds": 12,
 def cluster() -> Iterator[Cluster]:
     """Three nodes with a place for one island each; this process is connected to the first."""
     small = {"num_cpus": 1, "object_store_memory": 100 << 20}
-    made = Cluster(initialize_head=True, head_node_args=small)
+    made = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
     made.add_node(**small)
     made.add_node(**small)
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
