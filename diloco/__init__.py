@@ -15,18 +15,21 @@ class _Package(ModuleType):
 
     @property
     def RunConfig(self) -> Any:
+        """A run's configuration, one field a group."""
         from diloco.config import RunConfig
 
         return RunConfig
 
     @property
     def Result(self) -> Any:
+        """What a run came to."""
         from diloco.train import Result
 
         return Result
 
     @property
     def train(self) -> Any:
+        """Run a configuration to its end."""
         from diloco.train import train
 
         return train

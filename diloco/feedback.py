@@ -69,6 +69,7 @@ class _Around:
         self._codec, self._residual, self._lost = codec, residual, lost
 
     def encode(self, tensors: Tensors) -> Payload:
+        """The tensors with what was lost of them before, decayed; what is lost now is noted in `lost`."""
         meant = {}
         for name, value in tensors.items():
             before = self._residual.get(name)
@@ -80,4 +81,5 @@ class _Around:
         return payload
 
     def encode_difference(self, minuend: Tensors, subtrahend: Tensors) -> Payload:
+        """`minuend` - `subtrahend`, on the device of the latter, likewise."""
         return self.encode({name: minuend[name].to(value.device) - value for name, value in subtrahend.items()})

@@ -43,6 +43,7 @@ class Files(Source):
     unit: DocumentUnit
 
     def versions(self) -> dict[str, object]:
+        """Paths, sizes and times of change of the files, and how they are read."""
         stats = [(path, path.stat()) for path in self._paths()]
         return {
             "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
@@ -52,6 +53,7 @@ class Files(Source):
         }
 
     def documents(self) -> Iterator[Document]:
+        """File after file, rows or pieces of text; ValueError for a file without a document."""
         for path in self._paths():
             found = False
             for document in self._rows(path) if path.suffix in TABULAR else self._pieces(path):
@@ -121,6 +123,7 @@ class Hub(Source):
     domain_field: str
 
     def versions(self) -> dict[str, object]:
+        """The dataset's names, the fields that are read, and the version of `datasets`."""
         fields = {"hub": self.name, "hub_config": self.config, "hub_split": self.split}
         return {
             **fields,
@@ -130,6 +133,7 @@ class Hub(Source):
         }
 
     def documents(self) -> Iterator[Document]:
+        """One a row, with the text and the domain of its fields."""
         yield from _documents(self._table(), self.name, self.text_field, self.domain_field)
 
     def rows(self) -> Iterator[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +68,7 @@ def again(start: Start, reason: str) -> Start:
     if tries > MAX_TRIES:
         raise RuntimeError(f"{reason}; gave up after {MAX_TRIES} attempts without a new checkpoint")
     round_ = manifest["view"]["round"] if manifest else 0
-    lost = _lost_rounds(start.directory, round_)
+    lost = _lost_rounds(rundir.last_records(start.directory), round_)
     saved = manifest["view"]["counters"] if manifest else {}
     recoveries, rounds_again = _counted(start.directory, saved, lost, again=True)
     return replace(
@@ -87,14 +87,14 @@ def _going_on(reason: str, round_: int, lost: int) -> str:
     return f"{reason}; the run goes on from round {round_}, {lost} round(s) before"
 
 
-def _lost_rounds(directory: Path, round_: int) -> int:
-    """Rounds after that one which metrics.jsonl tells of."""
-    return max(int(_told(directory, "total/rounds")) - round_, 0)
+def _lost_rounds(told: Sequence[Mapping[str, Any]], round_: int) -> int:
+    """Rounds after that one which the newest records tell of."""
+    return max(int(_most(told, "total/rounds")) - round_, 0)
 
 
-def _told(directory: Path, figure: str) -> float:
-    """The most that the newest lines of metrics.jsonl tell of a figure that only grows."""
-    return max((record.get(figure, 0) for record in rundir.last_records(directory)), default=0)
+def _most(told: Sequence[Mapping[str, Any]], figure: str) -> float:
+    """The most that records tell of a figure."""
+    return max((record.get(figure, 0) for record in told), default=0)
 
 
 def _counted(directory: Path, saved: Mapping[str, int], lost: int, *, again: bool) -> tuple[int, int]:
@@ -154,7 +154,8 @@ def _resumed(config: RunConfig, directory: Path, goes_on: bool) -> Start:
     notes = tuple(f"passed over a damaged checkpoint: {problem}" for problem in folder.problems)
     if saved.workers != config.workers:
         notes += (f"resumed with workers={config.workers} instead of {saved.workers}: sums have another order",)
-    lost = _lost_rounds(directory, round_)  # if it was killed
+    told = rundir.last_records(directory)
+    lost = _lost_rounds(told, round_)  # if it was killed
     if goes_on:
         notes += (_going_on("the run's process was killed", round_, lost),)
     counters = manifest["view"]["counters"]
@@ -165,7 +166,7 @@ def _resumed(config: RunConfig, directory: Path, goes_on: bool) -> Start:
         checkpoint=path,
         manifest=manifest,
         notes=notes,
-        earlier_s=max(manifest["wall_s"], _told(directory, "time_s")),  # what was lost took its time too
+        earlier_s=max(manifest["wall_s"], _most(told, "time_s")),  # what was lost took its time too
         recoveries=recoveries,
         rounds_again=rounds_again,
         goes_on=goes_on,

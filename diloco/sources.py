@@ -53,9 +53,11 @@ class PythonDocs(Source):
     """The language reference (`pydoc_data.topics`) and the standard library's source of this Python."""
 
     def versions(self) -> dict[str, object]:
+        """That of Python."""
         return {"corpus": "python_docs", "python": sys.version}
 
     def documents(self) -> Iterator[Document]:
+        """The topics of the language reference, if they are installed, then the library's modules."""
         try:
             topics: Mapping[str, str] = importlib.import_module("pydoc_data.topics").topics
         except ImportError:  # some distributions leave it out; the library's source is most of the corpus
@@ -84,6 +86,7 @@ class Botocore(Source):
     """The documentation of the AWS APIs in the package botocore: English prose, one domain a service."""
 
     def versions(self) -> dict[str, object]:
+        """That of botocore; ValueError where it is not installed."""
         try:
             return {"corpus": "botocore", "botocore": metadata.version("botocore")}
         except metadata.PackageNotFoundError as error:
@@ -93,6 +96,7 @@ class Botocore(Source):
             ) from error
 
     def documents(self) -> Iterator[Document]:
+        """Passages of each service's newest description, with the service as their domain."""
         root = Path(str(metadata.distribution("botocore").locate_file("botocore/data")))
         for folder in sorted(path for path in root.iterdir() if path.is_dir()):
             models = sorted(

@@ -76,14 +76,17 @@ class TextFeatures(Features):
 
     @property
     def width(self) -> int:
+        """Components of the decomposition that was fitted."""
         return len(self._components)
 
     def vectors(self, documents: Sequence[Document], *, tokens: int) -> Floats:
+        """Counts of runs of tokens, as TF-IDF with sublinear counts, projected to the components."""
         counts = _counts(documents, tokens, self._lengths)
         counts.data = (1 + np.log(counts.data)) * self._idf[counts.indices]
         return _unit(np.asarray(counts @ self._components.T))
 
     def save(self, folder: Path) -> None:
+        """features.npz with `idf` and `components`, and features.json."""
         arrays = {"idf": self._idf, "components": self._components}
         meta = {"kind": "text", "lengths": list(self._lengths), "format": FORMAT}
         saved.write(folder, "features", arrays, meta)
@@ -115,12 +118,15 @@ class HiddenFeatures(Features):
 
     @property
     def width(self) -> int:
+        """Components of the whitening that was fitted."""
         return int(self._projection.shape[1])
 
     def vectors(self, documents: Sequence[Document], *, tokens: int) -> Floats:
+        """Means of the base model's hidden states, whitened."""
         return _unit((_hidden_states(self._model, documents, tokens) - self._mean) @ self._projection)
 
     def save(self, folder: Path) -> None:
+        """features.npz with `mean` and `projection`, and features.json with the base model's folder."""
         arrays = {"mean": self._mean, "projection": self._projection}
         saved.write(folder, "features", arrays, {"kind": "hidden", "base": self._base, "format": FORMAT})
 

@@ -59,13 +59,16 @@ class KMeansRouter(Router):
 
     @property
     def paths(self) -> int:
+        """As many as centres."""
         return len(self._centers)
 
     def scores(self, features: Floats) -> Floats:
+        """Minus the squared distances to the centres."""
         _check_width(features, self._centers.shape[1])
         return -_squared_distances(features, self._centers)
 
     def save(self, folder: Path) -> None:
+        """The centres."""
         saved.write(folder, "router", {"centers": self._centers}, {"kind": "kmeans", "format": FORMAT})
 
 
@@ -90,9 +93,11 @@ class ProductRouter(Router):
 
     @property
     def paths(self) -> int:
+        """As many as pairs of a centre of either half."""
         return len(self._first) * len(self._second)
 
     def scores(self, features: Floats) -> Floats:
+        """Minus the sum of the squared distances in the two halves; path i * k + j has centres i and j."""
         half = self._first.shape[1]
         _check_width(features, half + self._second.shape[1])
         first = _squared_distances(features[:, :half], self._first)  # float32[documents, k]
@@ -100,6 +105,7 @@ class ProductRouter(Router):
         return -(first[:, :, None] + second[:, None, :]).reshape(len(features), -1)
 
     def save(self, folder: Path) -> None:
+        """The centres of both halves."""
         arrays = {"first": self._first, "second": self._second}
         saved.write(folder, "router", arrays, {"kind": "product", "format": FORMAT})
 
@@ -150,13 +156,16 @@ class LinearRouter(Router):
 
     @property
     def paths(self) -> int:
+        """As many as classes."""
         return len(self._bias)
 
     def scores(self, features: Floats) -> Floats:
+        """The classes' logits."""
         _check_width(features, self._weights.shape[1])
         return features @ self._weights.T + self._bias
 
     def save(self, folder: Path) -> None:
+        """Weights and bias."""
         arrays = {"weights": self._weights, "bias": self._bias}
         saved.write(folder, "router", arrays, {"kind": "linear", "format": FORMAT})
 

@@ -79,12 +79,15 @@ class RoutedLM(Workload):
                 )
 
     def build_model(self, seed: int) -> nn.Module:
+        """The language model of a path; all paths begin with the same."""
         return self._language().build_model(seed)
 
     def num_parameters(self) -> int:
+        """Those of one path's model."""
         return self._language().num_parameters()
 
     def num_blocks(self) -> int:
+        """Those of one path's model."""
         return self._language().num_blocks()
 
     def corpus(self, data: Data, *, seed: int, shards: int) -> RoutedCorpus:
@@ -111,12 +114,15 @@ class RoutedLM(Workload):
         return RoutedCorpus(whole, settings, shards=shards, parameters=parameters, trust_remote_code=trust)
 
     def batch(self, corpus: Corpus, shard: ShardId, step: int) -> Batch:
+        """Token sequences of a shard, as causal_lm takes them."""
         return self._language().batch(_routed(corpus).tokens, shard, step)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Mean nats a token, as of causal_lm."""
         return self._language().loss(model, batch)
 
     def tokens(self, batch: Batch) -> int:
+        """Tokens that the loss is a mean over."""
         return self._language().tokens(batch)
 
     def for_paths(self, paths: int) -> RoutedLM:
@@ -141,6 +147,7 @@ class RoutedLM(Workload):
         return ["validation"] if self.paths == 1 else [f"validation/{path}" for path in range(self.paths)]
 
     def stops_early(self) -> bool:
+        """Where a slice of each path's documents is kept for it, and there are several paths."""
         return self.stop_fraction > 0 and self.paths > 1
 
     def evaluate(self, model: nn.Module, corpus: Corpus, split: str) -> dict[str, float]:
@@ -169,6 +176,7 @@ class RoutedLM(Workload):
         return found
 
     def export(self, model: nn.Module, corpus: Corpus, folder: Path) -> None:
+        """The model of one path, with its tokenizer."""
         self._language().export(model, _routed(corpus).tokens, folder)
 
     def export_shared(self, corpus: Corpus, folder: Path) -> None:
@@ -179,6 +187,7 @@ class RoutedLM(Workload):
             table.routing.save(folder / "router")
 
     def sample(self, model: nn.Module, corpus: Corpus, prompt: str, *, tokens: int, seed: int) -> str:
+        """How the model of one path continues `prompt`."""
         return self._language().sample(model, _routed(corpus).tokens, prompt, tokens=tokens, seed=seed)
 
     def _language(self) -> CausalLM:

@@ -196,9 +196,7 @@ def strike(options: argparse.Namespace) -> int:
     chaos = Chaos(run, options)
     print(f"{len(faults)} faults in {options.minutes:g} minutes for {run}", flush=True)
 
-    def over() -> bool:
-        return any(record["event"] == "end" for record in aftermath.newest(run)[-1:])
-
+    over = partial(_is_over, run)
     begun_s = time.time()
     chaos.go(faults, over)
     end_s = time.monotonic() + END_S
@@ -214,10 +212,14 @@ def strike(options: argparse.Namespace) -> int:
     return 0 if report["status"] != aftermath.GONE else GONE_STATUS
 
 
+def _is_over(run: Path) -> bool:
+    return any(record["event"] == "end" for record in aftermath.newest(run)[-1:])
+
+
 def _checked(options: argparse.Namespace) -> tuple[list[str], tuple[float, float]]:
     if not (options.run / "metrics.jsonl").is_file():
         raise ValueError(f"{options.run} is no run that has begun; give its directory, such as runs/latest")
-    if any(record["event"] == "end" for record in aftermath.newest(options.run)[-1:]):
+    if _is_over(options.run):
         raise ValueError(f"{options.run} is over; give a run that is going on")
     kinds = checked_kinds(options)
     try:

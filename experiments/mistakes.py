@@ -94,12 +94,16 @@ def _unreadable(error: OverrideParseException) -> str:
     return f"{error.override!r} cannot be read; quote its value: '{key}=\"{value}\"'"
 
 
+def _last_given(overrides: Sequence[str], key: str) -> str:
+    """The override of a key or group that counts, of several; empty where there is none."""
+    named = (each for each in reversed(overrides) if each.lstrip("+").partition("=")[0].partition("@")[0] == key)
+    return next(named, "")
+
+
 def _unknown_choice(error: MissingConfigException, overrides: Sequence[str], experiments: Sequence[str]) -> str:
     group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
     known = list(experiments) if group == "experiment" else configuration.choices(group)
-    given = next(
-        (o for o in reversed(overrides) if o.lstrip("+").split("=")[0].split("@")[0] == group), f"{group}={choice}"
-    )
+    given = _last_given(overrides, group) or f"{group}={choice}"
     if not choice or choice not in given:
         given = f"{group}={choice}" if choice else given
     closest = difflib.get_close_matches(choice, known, n=1)
@@ -110,7 +114,7 @@ def _unknown_choice(error: MissingConfigException, overrides: Sequence[str], exp
 
 def _wrong_type(cause: ValidationError, overrides: Sequence[str]) -> str:
     key, text = str(cause.full_key), _lines(cause)[0]
-    given = next((o for o in reversed(overrides) if o.lstrip("+").partition("=")[0] == key), key)
+    given = _last_given(overrides, key) or key
     if "is not a subclass of" in text and (key in configuration.GROUPS or key in configuration.SINGLE):
         return f"{given}: {group_without_choice(key, given.partition('=')[2])}"
     if "expected one of" in text:
@@ -135,7 +139,7 @@ def _not_composed(error: ConfigCompositionException, overrides: Sequence[str]) -
         as_list = "" if "(" in value else f", or write '{key}=[{value}]' for a list"
         return f"{named} gives several values: add -m to run them all{as_list}"
     if "No match in the defaults list" in text[0]:
-        given = next((o for o in reversed(overrides) if o.partition("=")[0] == named), f"{named}=...")
+        given = next((o for o in overrides if o.partition("=")[0] == named), f"{named}=...")
         return f"{given} needs a plus sign: write +{given}"
     set_by = re.search(r"In '(.*)': .*Key '.*' not in '(.*)' full_key: (\S+)", " ".join(text))
     if set_by is not None:

@@ -64,12 +64,15 @@ class FineTuning(Workload):
         return ("export_merged",)
 
     def build_model(self, seed: int) -> nn.Module:
+        """The language model, with LoRA's adapters around its layers where they are asked for."""
         return self.lora.around(self.language().build(seed), seed)
 
     def num_parameters(self) -> int:
+        """Those of the language model, without adapters."""
         return self.language().num_parameters()
 
     def num_blocks(self) -> int:
+        """Those of the language model."""
         return self.language().num_blocks()
 
     def evaluate(self, model: nn.Module, corpus: Corpus, split: str) -> dict[str, float]:
@@ -80,6 +83,7 @@ class FineTuning(Workload):
         return self.evaluation(model, corpus)
 
     def warnings(self, corpus: Corpus) -> list[str]:
+        """What the corpus has to say of its rows."""
         assert isinstance(corpus, ExampleCorpus)
         return corpus.warnings()
 

@@ -69,16 +69,8 @@ def ambushed(*combinations: tuple[str, str]) -> Outcome:
         folder = Path(scratch)
         corpus = folder / "corpus.txt"
         corpus.write_text("".join(f"{i} and {i + 1} make {2 * i + 1}.\n" for i in range(4000)))
-        command = [
-            sys.executable,
-            "-m",
-            "experiments.train",
-            "--restarts",
-            str(2 + len(kills)),
-            "--import",
-            "experiments.ambush",
-        ]
-        command += settings(corpus, rounds)
+        command = [sys.executable, "-m", "experiments.train", "--import", "experiments.ambush"]
+        command += [f"--restarts={2 + len(kills)}", *settings(corpus, rounds)]
         environment = {**environment_alone(), ambush.VARIABLE: f"{','.join(kills)}@{folder}"}
         with (folder / "output.txt").open("wb") as output:
             process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)

@@ -129,6 +129,7 @@ class AOT(Objective):
 
     @property
     def whole_batch(self) -> bool:
+        """True: pairs are sorted by their margins."""
         return True
 
 
@@ -151,4 +152,5 @@ class AOTUnpaired(Objective):
 
     @property
     def whole_batch(self) -> bool:
+        """True: completions are sorted by their rewards."""
         return True

@@ -80,6 +80,7 @@ class CPO(Objective):
 
     @property
     def whole_batch(self) -> bool:
+        """Where the likelihood term is a mean over the batch's tokens."""
         return self.nll_by is NllBy.tokens
 
 
@@ -107,6 +108,7 @@ class ORPO(Objective):
 
     @property
     def whole_batch(self) -> bool:
+        """Where the likelihood term is a mean over the batch's tokens."""
         return self.nll_by is NllBy.tokens
 
 
