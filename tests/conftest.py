@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import pytest
 import ray
 import torch
+from hypothesis import settings
 
 from diloco import Result
 from diloco.inner import AdamW
 from diloco.runtime.base import Backend, Job, Store
 from diloco.runtime.local import Local
 from diloco.runtime.ray_cluster import RayCluster
+from tests import warm
 from tests.toy import Line, launch
 
 # As in every worker: fused kernels round differently on two threads, which also wait for each other on busy cores.
@@ -30,6 +34,18 @@ BASE: dict[str, Any] = {
     "workload": Line(dropout=0.3),
     "store": Store(shards=1),
 }
+
+
+os.environ.setdefault("RAY_worker_niceness", "0")  # as a run sets it: 15 starves workers beside other tests
+settings.register_profile("unhurried", deadline=None)  # examples share the cores with other tests
+settings.load_profile("unhurried")
+gc.disable()  # until the tests are collected: a million objects that stay
+
+
+def pytest_collection_finish() -> None:
+    """What has been collected is not looked through for garbage again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,18 +71,26 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def forker() -> Iterator[None]:
+    """Forks the workers of a Ray that is started within `warm.forked_workers`."""
+    with warm.forker():
+        yield
+
+
 @pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
+def one_ray(forker: None) -> Iterator[None]:
     """One Ray for most tests of this file: a run uses that to which its process is connected, and leaves it running."""
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=200 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
+    with warm.forked_workers():
+        ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=200 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+        )
     yield
     ray.shutdown()
 

@@ -283,6 +283,17 @@ class WithBatchNorm(Line):
         return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
 
 
+@dataclass(kw_only=True)
+class FailingInRank1(Line):
+    """One worker alone finds a mistake; the other waits for its gradients."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+            raise ValueError("this batch is not one")
+        return super().loss(model, batch)
+
+
+register(group="workload", name="failing_in_rank1", node=FailingInRank1)
 register(group="workload", name="signalling", node=Signalling)
 register(group="workload", name="with_batch_norm", node=WithBatchNorm)
 
@@ -312,8 +323,9 @@ def digests(result: Result) -> tuple[str, str]:
 
 
 def records(directory: Path, *events: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, of these events or of all."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl, of these events or of all, but not half a line that is being written."""
+    whole, _, _ = (directory / "metrics.jsonl").read_bytes().rpartition(b"\n")
+    lines = [json.loads(line) for line in whole.splitlines()]
     return [line for line in lines if not events or line["event"] in events]
 
 
@@ -342,15 +354,22 @@ def assert_same_sources(found: Path, expected: Path, *, rounds: int, sources: in
 def opened_when_joined(gate: Path, run: Path) -> Iterator[None]:
     """Meanwhile make the file `gate` exist as soon as the run in directory `run` tells that an island joined."""
 
+    over = threading.Event()
+
+    def joined() -> bool:
+        return over.is_set() or ((run / "metrics.jsonl").exists() and bool(records(run, "joined")))
+
     def watch() -> None:
-        wait_for((run / "metrics.jsonl").exists)
-        wait_for(lambda: bool(records(run, "joined")))
+        wait_for(joined, limit_s=400.0)
         gate.write_text("")
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    yield
-    watcher.join()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 # --- a runtime without islands, to drive a coordinator by events ---

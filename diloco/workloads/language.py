@@ -15,6 +15,7 @@ from torch import nn
 
 from diloco import pretrained
 from diloco.data import Data
+from diloco.garbage import unsearched
 from diloco.workloads import sampling
 from diloco.workloads.presets import PRESETS
 
@@ -40,6 +41,7 @@ class LanguageModel:
             name = os.path.abspath(os.path.expanduser(name))
         return cls(name, trust_remote_code)
 
+    @unsearched()  # transformers is imported here
     def build(self, seed: int, *, scores: bool = False) -> nn.Module:
         """A preset's model with new weights, or a pretrained one with its own; float32, in train mode.
 

@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     if options.quick:
-        options.minutes, options.per_hour = 0.3, 400.0
+        options.minutes, options.per_hour = 0.15, 800.0
     return common.run(lambda: _matrix(options, given) if options.matrix else _checked(options))
 
 

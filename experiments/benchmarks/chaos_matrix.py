@@ -25,7 +25,7 @@ from experiments.benchmarks.pace import environment_alone
 
 FIRST, EVERY, AFTER = 2, 2, 3  # round of the first kill; rounds between two, so that they do not meet; after the last
 STEPS, BATCH, LENGTH = 4, 4, 32
-LIMIT_S, MORE_S = 240.0, 60.0  # for a run with one kill, for each further one
+LIMIT_S, MORE_S = 240.0, 120.0  # for a run with one kill, for each further one
 LEFT_S = 45.0  # for what a killed run has started to be gone
 COMBINATIONS = [(victim, phase) for victim in VICTIMS for phase in PHASES]
 
@@ -45,7 +45,7 @@ def settings(corpus: Path, rounds: int) -> list[str]:
     """A run of seconds: two islands, of which the second has two workers, two shards, a checkpoint every round."""
     return [
         *("name=ambush", "islands=2", "workers=[1,2]", "store.shards=2", f"rounds={rounds}", f"inner_steps={STEPS}"),
-        *("segment_steps=2", "checkpoint.every=1", "checkpoint.keep=9", "patience=1", "eval_every=2"),
+        *("segment_steps=2", "checkpoint.every=1", "checkpoint.keep=9", "patience=3", "eval_every=2"),
         *(
             "workload.model=micro",
             "data.tokenizer=bytes",

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--blocks", type=common.positive, default=3, help="turns of each side (3)")
     given = options.parse_args(argv)
     if given.quick:
-        given.model, given.steps, given.blocks = "tiny", 2, 1
+        given.model, given.shards, given.steps, given.blocks = "tiny", 1, 2, 1
     return common.run(lambda: _measure(given))
 
 

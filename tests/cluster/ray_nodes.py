@@ -15,7 +15,7 @@ from tests.cluster.hosts import ROOT, Machines
 from tests.toy import records, wait_for
 
 COMMAND = ("python", "-m", "experiments.train")
-LIMIT_S = 280.0  # of a run
+LIMIT_S = 500.0  # of a run
 STORE_BYTES = 100 << 20
 DASHBOARD_PORT = 8265
 NODE = {  # environment of the nodes
@@ -64,12 +64,12 @@ class Cluster:
 
     def start(self, host: int, **environment: str) -> None:
         """A node on this host."""
-        done = self.machines.run(host, *self.node(host), environment={**NODE, **environment})
+        done = self.machines.run(host, *self.node(host), environment={**NODE, **environment}, limit_s=180.0)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def stop(self, host: int) -> None:
         """End it. `ray stop` ends every Ray that it sees: here those of the host, which has processes of its own."""
-        done = self.machines.run(host, "ray", "stop", "--force")
+        done = self.machines.run(host, "ray", "stop", "--force", limit_s=180.0)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def restart(self, host: int, **environment: str) -> None:

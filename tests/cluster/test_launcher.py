@@ -36,7 +36,7 @@ def filled_in(machines: Machines) -> Path:
     return file
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_up_submit_down(machines: Machines) -> None:
     """The script is one copied file, started in the head's home, which the workers do not see."""
     file, cluster = str(filled_in(machines)), Cluster(machines=machines)
@@ -44,12 +44,12 @@ def test_up_submit_down(machines: Machines) -> None:
     paths = [f"data.cache={machines.folder / 'cache'}", f"checkpoint.path={checkpoints}"]
     overrides = ["+experiment=smoke", "islands=3", "rounds=1", *paths]
     try:
-        up = machines.run(0, "ray", "up", "-y", file, environment=SHELL, limit_s=120)
+        up = machines.run(0, "ray", "up", "-y", file, environment=SHELL, limit_s=300)
         assert up.returncode == 0, up.stdout + up.stderr
         assert sorted(cluster.nodes(least=3)) == sorted(machines.addresses)
-        done = machines.run(0, "ray", "submit", file, str(SCRIPT), "--", *overrides, environment=SHELL, limit_s=180)
+        done = machines.run(0, "ray", "submit", file, str(SCRIPT), "--", *overrides, environment=SHELL, limit_s=300)
         assert done.returncode == 0, done.stdout + done.stderr
-        down = machines.run(0, "ray", "down", "-y", file, environment=SHELL, limit_s=120)
+        down = machines.run(0, "ray", "down", "-y", file, environment=SHELL, limit_s=300)
         assert down.returncode == 0, down.stdout + down.stderr
         assert machines.run(0, "pgrep", "raylet").returncode == 1, "the head still runs"
     finally:

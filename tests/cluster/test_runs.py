@@ -11,7 +11,7 @@ from tests.cluster.hosts import ROOT, Machines
 from tests.cluster.ray_nodes import LIMIT_S, TOY, Cluster, Training
 from tests.toy import wait_for
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 SMOKE = ("+experiment=smoke", "rounds=2", "islands=3", "metrics.live=false", "data.cache=cache")
 CUT_S = 4.0
@@ -115,13 +115,15 @@ def test_a_host_that_joins_late(unsteady: Cluster) -> None:
 
 def test_a_host_that_is_lost_with_a_part_of_the_store(unsteady: Cluster) -> None:
     """The run returns to its checkpoint, goes on with the two islands that have a place, and later has three again."""
-    slow = ("rounds=30", "runtime.slowdown=[0.2,0.2,0.2]", "eval_every=0", "patience=0")
-    with unsteady.training("store", *TOY, *slow, "islands=3", "store.shards=3", "checkpoint.every=1") as run:
+    slow = ("rounds=30", "runtime.slowdown=[0.05,0.05,0.05]", "eval_every=0", "patience=0")
+    store = ("islands=3", "store.shards=3", "checkpoint.every=1")
+    with unsteady.training("store", *gated(unsteady, 25), *slow, *store) as run:
         run.wait_for("commit", round=3)
         unsteady.stop(2)
         wait_for(lambda: any(len(heard) == 2 for heard in contributors(run)), limit_s=LIMIT_S)
         unsteady.start(2)
         run.wait_for("joined")
+        opened(unsteady)
         found = run.end()
     assert (found["status"], found["recoveries"]) == ("finished", 1) and found["rounds_again"] <= 1
     assert [record["round"] for record in run.records("commit")] == list(range(1, 31))

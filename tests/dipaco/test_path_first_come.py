@@ -35,7 +35,7 @@ DELAYED = DelayedNesterov(lr=0.5, momentum=0.5)
 
 
 @pytest.mark.parametrize("table", [[], [[0, 0], [0, 1], [0, 2], [1, 2]]], ids=["grid", "table"])
-@pytest.mark.parametrize("islands", [1, 2, 3, 4])
+@pytest.mark.parametrize("islands", [1, 3])
 def test_rounds_of_constant_contributions_come_to_the_steps_of_path_rounds(
     tmp_path: Path, islands: int, table: list[list[int]]
 ) -> None:

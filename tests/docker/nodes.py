@@ -17,7 +17,7 @@ from tests.toy import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 NODE = ROOT / "docker" / "node.sh"
-START_S = 60.0
+START_S = 150.0
 
 
 def free_ports(count: int) -> int:
@@ -40,7 +40,8 @@ def environment(folder: Path, more: Mapping[str, str] | None = None) -> dict[str
         token.write_text(secrets.token_hex(32))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "NODE_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**kept, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **(more or {})}
+    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_worker_niceness": "0"}
+    return {**kept, "PATH": path, **ray, **(more or {})}
 
 
 def descendants(process: int) -> set[int]:
@@ -85,7 +86,7 @@ class Node:
         try:
             status = self.process.wait(limit_s)
             with suppress(TimeoutError):
-                wait_for(lambda: not [child for child in below if runs(child)], limit_s=5.0)
+                wait_for(lambda: not [child for child in below if runs(child)], limit_s=30.0)
             left = [child for child in below if runs(child)]
             assert not left, f"{len(left)} processes outlived their node"
             return status

@@ -18,8 +18,10 @@ import pytest
 
 from tests.docker import nodes
 
+pytestmark = pytest.mark.timeout(500)
+
 ROOT = Path(__file__).resolve().parents[2]
-DRAIN_S = 6
+DRAIN_S = 15  # `ray drain-node` alone may take 8 on a busy machine
 # An actor on the worker gets a large object and gives one back; then it tells when its node is to leave.
 DRIVER = """
 import json, sys, time
@@ -131,14 +133,14 @@ def test_a_worker_leaves_in_order(folder: Path, tls: bool) -> None:
             assert told == {"total": 2 * (20 << 20), "made": 3 * (10 << 20)}
         finally:
             begun_s = time.monotonic()
-            assert worker.end() == 0, worker.log.read_text()
+            assert worker.end(90.0) == 0, worker.log.read_text()
             took_s = time.monotonic() - begun_s
         rest, _ = driver.communicate(timeout=60)
         leaving, end = (json.loads(line) for line in rest.splitlines())
         assert len(leaving["leaves"]) == 1 and "worker" in leaving["leaves"][0]
         assert 0 < leaving["in_s"][0] <= DRAIN_S and end == {"alive": 1}
         # bash counts whole seconds
-        assert took_s > DRAIN_S - 1 if tls else took_s < DRAIN_S + 3
+        assert took_s > DRAIN_S - 1 if tls else took_s < 2 * DRAIN_S
         assert head.process.poll() is None, "the head goes on"
     finally:
         assert head.end() == 0, head.log.read_text()

@@ -183,7 +183,7 @@ def test_ctrl_c_writes_a_checkpoint_to_go_on_from(here: Path) -> None:
                     run.send_signal(signal.SIGINT)
                     break
             run.stdout.read()
-            assert run.wait(timeout=60) == 130
+            assert run.wait(timeout=120) == 130
         finally:
             run.kill()
     stopped = summary()
@@ -313,7 +313,7 @@ def test_one_copied_file_with_parts_of_ones_own(here: Path) -> None:
     )
     arguments = ["rounds=1", "inner_steps=2", "runtime=local", "workload=mine", "--import", "my_parts"]
     run = [sys.executable, "-W", "error", str(copied), *arguments]
-    done = subprocess.run(run, capture_output=True, text=True, env=environment(), timeout=60)
+    done = subprocess.run(run, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in here.iterdir() if path.name != "__pycache__") == ["home", "my_parts.py", "runs"]
     assert OmegaConf.load("runs/latest/config.yaml").choices.workload == "mine"

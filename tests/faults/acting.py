@@ -38,22 +38,31 @@ def send(number: signal.Signals, run: Path, kind: str, index: int = 0, rank: int
     return lambda: os.kill(process(run, kind, index, rank), number)
 
 
+def _either(*conditions: Callable[[], bool]) -> Callable[[], bool]:
+    return lambda: any(condition() for condition in conditions)
+
+
 @contextmanager
 def acting(*acts: tuple[Callable[[], bool], Callable[[], None]]) -> Iterator[None]:
     """Meanwhile wait for each condition in turn, and then act. An error of an act is raised at the end."""
     errors: list[BaseException] = []
+    over = threading.Event()
 
     def go() -> None:
         try:
             for condition, act in acts:
-                wait_for(condition)
+                wait_for(_either(over.is_set, condition), limit_s=400.0)
+                assert not over.is_set(), "the run was over before it was time to act"
                 act()
         except BaseException as error:
             errors.append(error)
 
     actor = threading.Thread(target=go, daemon=True)
     actor.start()
-    yield
-    actor.join()
+    try:
+        yield
+    finally:
+        over.set()
+        actor.join()
     if errors:
         raise errors[0]

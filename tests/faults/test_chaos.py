@@ -312,7 +312,7 @@ def test_a_killed_command_goes_on_with_its_run(runs: Path) -> None:
         command("--restarts", "2", *settings), env=environment, cwd=runs.parent, stderr=subprocess.PIPE, text=True
     ) as parent:
         run = runs / "latest"
-        wait_for(lambda: any(run.glob("checkpoints/round-*/manifest.json")), limit_s=LIMIT_S)
+        wait_for(lambda: any(run.glob("checkpoints/round-??????/manifest.json")), limit_s=LIMIT_S)
         (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
         _, said = parent.communicate(timeout=LIMIT_S)

@@ -5,35 +5,41 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from diloco.checkpoint import Checkpoint
 from diloco.runtime import ray_crew
 from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
+from tests import warm
 from tests.conftest import BASE, ROOT
 from tests.faults.acting import acting, committed, told
 from tests.toy import Signalling, launch, opened_when_joined, records, warned
 
 pytestmark = pytest.mark.timeout(300)  # four nodes on this machine's cores
 
+NOTICE_S = 60.0  # between a notice and the end of its node
 SLOW = RayCluster(tick_s=0.2, slowdown=[0.1, 0.1, 0.1])
 SETTINGS: dict[str, Any] = {**BASE, "runtime": SLOW, "islands": 3, "rounds": 12, "eval_every": 0}
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(forker: None) -> Iterator[Cluster]:
     """Three nodes with a place for one island each; this process is connected to the first."""
     small = {"num_cpus": 1, "object_store_memory": 100 << 20}
-    made = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
-    made.add_node(**small)
-    made.add_node(**small)
+    with warm.forked_workers():
+        made = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+        made.add_node(**small)
+        made.add_node(**small)
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     ray.init(made.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
     yield made
@@ -47,11 +53,11 @@ def nodes(run: Path, kind: str) -> list[str]:
 
 
 def announce(node: str) -> None:
-    """What a spot notice does: tell Ray that a node goes away."""
-    command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--node-id", node]
-    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-    address = ray.get_runtime_context().gcs_address
-    subprocess.run([*command, "--deadline-remaining-seconds", "60", "--address", address], check=True)
+    """What a spot notice does: tell Ray that a node goes away, as `ray drain-node` does in seconds of its own."""
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    until_ms = int(1000 * (time.time() + NOTICE_S))
+    accepted, why = client.drain_node(node, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", until_ms)
+    assert accepted, why
 
 
 def start_node(address: str) -> subprocess.Popen[bytes]:
@@ -67,7 +73,7 @@ def test_an_island_whose_node_leaves_hands_all_of_its_round_over(
 ) -> None:
     """It is told that a place is missing; then a node comes, and the island goes on there. No work is lost."""
     monkeypatch.setattr(ray_crew, "MISSING_S", 1.0)
-    monkeypatch.setattr(ray_crew, "LOOK_EVERY_S", 1.0)
+    monkeypatch.setattr(ray_crew, "LOOK_EVERY_S", 0.5)
     run, back = runs / "run", runs / "back"
     # Island 0 has the store beside it, so it stays; it waits in round 10 for the other to be back.
     workload = Signalling(gate=str(back), gate_shard=0, gate_step=10 * 6)
@@ -106,12 +112,15 @@ def test_an_island_whose_node_leaves_hands_all_of_its_round_over(
     places = [r["node"] for r in records(run, "process") if r["kind"] == "island" and r["island"] == island]
     assert places[0] == left[0] != places[-1]
     assert any("the node of island" in message for message in warned(run))
-    (missing,) = [message for message in warned(run) if "no place yet for island" in message]
+    missing, *_ = [message for message in warned(run) if "no place yet for island" in message]
     assert missing.startswith(f"no place yet for island {island}, which wants 1 CPU a worker: the cluster's")
 
 
-def test_the_store_goes_elsewhere_before_its_node_has_left(cluster: Cluster, runs: Path) -> None:
+def test_the_store_goes_elsewhere_before_its_node_has_left(
+    cluster: Cluster, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a checkpoint of that moment, so that no round is trained again."""
+    monkeypatch.setattr(ray_crew, "LOOK_EVERY_S", 0.5)
     run = runs / "run"
 
     def leave() -> None:

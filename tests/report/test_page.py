@@ -105,7 +105,7 @@ def test_the_best_of_a_sweep_is_marked_and_what_failed_says_why(tmp_path: Path) 
     assert "inner.lr=-1 -1" in configuration and "beta1" not in text
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 6])
+@pytest.mark.parametrize("count", [0, 1, 3, 6])
 def test_runs_that_did_not_come_far(tmp_path: Path, count: int) -> None:
     alone = write_run(tmp_path / "alone", records()[:count])
     page = report(alone)

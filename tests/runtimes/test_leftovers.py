@@ -71,7 +71,7 @@ def test_a_run_that_ends_in_an_error_leaves_no_process(tmp_path: Path) -> None:
     driver = drive(tmp_path, workload=WithBatchNorm())
     told, _ = driver.communicate(timeout=200)
     assert "batch statistics" in told
-    wait_for(lambda: not marked(tmp_path), limit_s=5)
+    wait_for(lambda: not marked(tmp_path), limit_s=30)
 
 
 def test_a_run_that_is_killed_while_it_starts_leaves_no_process(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_run_that_is_killed_while_it_starts_leaves_no_process(tmp_path: Path) 
         started = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
         driver.wait(timeout=60)
-    deadline_s = time.monotonic() + 30.0
+    deadline_s = time.monotonic() + 90.0
     while left := [*marked(tmp_path), *(process for process in started if process.is_running())]:
         assert time.monotonic() < deadline_s, left
         time.sleep(0.1)
@@ -92,7 +92,7 @@ def test_a_signal_for_its_group_is_for_the_run_and_not_for_its_ray(tmp_path: Pat
     with drive(tmp_path, within=["timeout", "500"], rounds=100_000, checkpoint=Checkpoint(every=0)) as driver:
         wait_for(lambda: training(tmp_path))
         driver.send_signal(signal.SIGTERM)
-        told, _ = driver.communicate(timeout=50)
+        told, _ = driver.communicate(timeout=120)
     assert told.splitlines()[-1] == "interrupted"
     assert list((tmp_path / "run" / "checkpoints").glob("round-*"))
     wait_for(lambda: not marked(tmp_path), limit_s=30)
@@ -107,7 +107,7 @@ def test_sigterm_while_a_run_starts_is_answered_as_ctrl_c(tmp_path: Path) -> Non
     ) as driver:
         wait_for(lambda: any("ray::" in each for each in marked(tmp_path)))  # Ray's first: it still starts
         driver.send_signal(signal.SIGTERM)
-        told, _ = driver.communicate(timeout=50)
+        told, _ = driver.communicate(timeout=120)
     assert (driver.returncode, told.splitlines()[-1]) == (130, "interrupted")
     assert not (tmp_path / "runs").exists()
     wait_for(lambda: not marked(tmp_path), limit_s=30)

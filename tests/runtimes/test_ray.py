@@ -132,6 +132,7 @@ def test_parts_of_the_users_own_travel(runs: Path, parts: Any, monkeypatch: pyte
         "imports": ["tests.toy", "users_own_parts"],
         "codec": parts.Thousandths(scale=1e5),
         "outer": parts.HeavyBall(lr=0.6),
+        "islands": 1,
         "rounds": 2,
         "inner_steps": 4,
     }
@@ -139,7 +140,7 @@ def test_parts_of_the_users_own_travel(runs: Path, parts: Any, monkeypatch: pyte
     found = launch(runs / "ray", **{**BASE, **settings, "runtime": RayCluster(object_store_bytes=200 << 20)})
     assert not ray.is_initialized()  # what was started for the run ended with it
     assert digests(found) == digests(expected)
-    plain = launch(runs / "plain", **{**BASE, "rounds": 2, "inner_steps": 4})
+    plain = launch(runs / "plain", **{**BASE, "islands": 1, "rounds": 2, "inner_steps": 4})
     assert digests(plain)[0] != digests(found)[0]  # they were used
 
 
@@ -251,6 +252,7 @@ train(load(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
+@pytest.mark.timeout(450)
 def test_a_killed_driver_is_resumed_as_if_it_never_was(start: Start, runs: Path) -> None:
     """SIGKILL within round 3, once the checkpoint of round 2 is complete and before there is one of round 4.
 
@@ -268,7 +270,7 @@ def test_a_killed_driver_is_resumed_as_if_it_never_was(start: Start, runs: Path)
     command = [sys.executable, "-c", DRIVER, str(config), str(runs / "run"), str(flag)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not flag.exists()
     assert CheckpointFolder(str(runs / "run" / "checkpoints")).names() == ["round-000002"]

@@ -34,7 +34,10 @@ def value(text: str, name: str, run: str, island: int | None = None) -> float | 
 def test_the_figures_of_a_run_are_metrics_of_ray(start: Start) -> None:
     result = start("told", rounds=3)
     end_s = time.monotonic() + WITHIN_S
-    while value(text := scraped(), "diloco_round", "told") != 3.0 and time.monotonic() < end_s:
+    while time.monotonic() < end_s and not (
+        value(text := scraped(), "diloco_round", "told") == 3.0
+        and value(text, "diloco_validation_loss", "told") == result.summary["val_loss"]
+    ):
         time.sleep(1.0)
     assert value(text, "diloco_round", "told") == 3.0
     assert value(text, "diloco_tokens", "told") == result.summary["tokens"]

@@ -41,7 +41,7 @@ from experiments import entry
 from tests.conftest import BASE
 from tests.toy import Constant, Line, Signalling, WithBatchNorm, digests, launch, records, wait_for, warned
 
-pytestmark = pytest.mark.timeout(200)  # seconds a test: starts of many processes, where others are busy too
+pytestmark = pytest.mark.timeout(400)  # seconds a test: starts of many processes, where others are busy too
 ROOT = Path(__file__).resolve().parents[2]
 THREE: dict[str, Any] = {**BASE, "islands": 3}
 DEEP: dict[str, Any] = {
@@ -167,7 +167,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in range(3)
     ]
     try:
-        said = [process.communicate(timeout=180)[0] for process in processes]
+        said = [process.communicate(timeout=380)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

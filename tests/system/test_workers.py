@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from diloco import Result, RunConfig
 from diloco.checkpoint import Checkpoint, CheckpointFolder
 from diloco.codec import Float32
-from diloco.config import register
 from diloco.data import Data
 from diloco.fsdp2 import Fsdp2
 from diloco.inner import AdamW, Inner, Muon, Sgd
@@ -32,7 +31,18 @@ from diloco.starting import read_values
 from diloco.workers import World, join, meet
 from diloco.workload import Batch
 from tests.conftest import Start
-from tests.toy import Deep, Line, Signalling, digests, launch, opened_when_joined, records, wait_for, warned
+from tests.toy import (
+    Deep,
+    FailingInRank1,
+    Line,
+    Signalling,
+    digests,
+    launch,
+    opened_when_joined,
+    records,
+    wait_for,
+    warned,
+)
 
 pytestmark = pytest.mark.timeout(300)  # seconds a test: several starts of many processes
 KINDS = [ReplicaKind.ddp, ReplicaKind.fsdp2]
@@ -201,7 +211,8 @@ def test_a_resumed_run_is_one_that_never_stopped(start: Start) -> None:
     expected = start("whole", **RESUMED, workers=2, replica=fsdp2)
     for name, workers in {"same": 2, "fewer": 1}.items():
         copied_until_round_2(expected.directory, Path("runs") / name)
-        found = start(name, **RESUMED, workers=workers, replica=fsdp2, resume=f"runs/{name}")
+        runtime = {} if workers > 1 else {"runtime": Local()}
+        found = start(name, **RESUMED, **runtime, workers=workers, replica=fsdp2, resume=f"runs/{name}")
         assert found.summary["tokens"] == expected.summary["tokens"]
         assert workers != 2 or digests(found) == digests(expected)
         assert_equal_to_rounding(found, expected)
@@ -240,23 +251,9 @@ def test_a_killed_worker_takes_its_island_down_and_the_run_goes_on(start: Start,
     assert Path(CheckpointFolder(str(result.directory / "checkpoints")).newest()[0]).name == "round-000006"
 
 
-@dataclass(kw_only=True)
-class Failing(Line):
-    """One worker alone finds a mistake; the other waits for its gradients."""
-
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
-            raise ValueError("this batch is not one")
-        return super().loss(model, batch)
-
-
-register(group="workload", name="failing", node=Failing)
-
-
 def test_a_mistake_that_one_worker_finds_reaches_the_caller(start: Start) -> None:
-    imports = ["tests.toy", "tests.system.test_workers"]
     with pytest.raises(ValueError, match="this batch is not one"):
-        start("run", workload=Failing(), imports=imports, islands=1, workers=2)
+        start("run", workload=FailingInRank1(), islands=1, workers=2)
 
 
 # --- what is refused ---

@@ -120,9 +120,14 @@ def test_before_training_nothing_has_moved(tmp_path: Path, model: str) -> None:
     assert not workload.has_perplexity()
 
 
-@pytest.mark.parametrize("lora", [LoRA(), LoRA(rank=4)], ids=["whole", "adapters"])
-@pytest.mark.parametrize("anchor", Anchor)
-@pytest.mark.parametrize("update", Update)
+@pytest.mark.parametrize(
+    ("update", "anchor", "lora"),
+    [
+        pytest.param(update, anchor, LoRA(rank=4) if (i + j) % 2 else LoRA(), id=f"{update.value}-{anchor.value}")
+        for i, update in enumerate(Update)
+        for j, anchor in enumerate(Anchor)
+    ],
+)
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_every_update_earns_more(tmp_path: Path, model: str, update: Update, anchor: Anchor, lora: LoRA) -> None:
     workload = online(model, update=update, anchor=anchor, lora=lora, completion_tokens=12, beta=0.01, gamma=0.0)
