@@ -22,11 +22,12 @@ train: $(VENV)/train.stamp
 smoke: $(VENV)/train.stamp
 	@$(BIN)/python -m experiments.train +experiment=smoke $(ARGS)
 
-# Many tests wait for processes to start: two files at a time. pytest comes last, so that its summary is the last line.
+# Many tests wait for processes to start: two files at a time, in their order, in which the last ones are the quick ones.
+# pytest comes last, so that its summary is the last line.
 test: $(VENV)/test.stamp
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'

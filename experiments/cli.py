@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from experiments import entry
 from experiments.entry import FINISHED, INTERRUPTED, Parser
@@ -23,6 +24,11 @@ COMMANDS = {
     "chaos": "faults for a run that is going on, drawn from a seed, and a report of what they cost",
     "doctor": "what this machine or cluster can run, and what is missing",
 }
+
+
+def command() -> NoReturn:
+    """What `diloco` runs."""
+    entry.leave(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,4 +224,4 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

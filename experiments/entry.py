@@ -42,6 +42,15 @@ def main(argv: Sequence[str], *, program: str = "diloco train") -> int:
             return INTERRUPTED
 
 
+def leave(status: int) -> NoReturn:
+    """End this process. An interrupted one at once: a Ray that was just starting would crash it on its way out."""
+    if status == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def _supervise(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """--restarts N: in a process of its own, which may be killed."""
     from experiments import supervisor

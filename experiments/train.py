@@ -5,7 +5,7 @@ It may be copied elsewhere and run there, as `ray submit` does: all it needs is 
 
 import sys
 
-from experiments.entry import main
+from experiments.entry import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], program="python -m experiments.train"))
+    leave(main(sys.argv[1:], program="python -m experiments.train"))

@@ -11,16 +11,20 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def own_answers() -> Iterator[None]:
-    """Around `ray.init`: SIGTERM stays with whoever answers it now. Ray's own answer is to exit at once."""
+    """Around `ray.init`: SIGTERM stays with whoever answers it now. Ray's own answer is to exit at once.
+
+    While Ray connects, its C++ hears the signal first: it prints where it was, and sets an alarm that aborts in 3 s.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
-    except SystemExit as ended:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        signal.alarm(0)
         signal.signal(signal.SIGTERM, before)
-        if ended.code == signal.SIGTERM:  # that was Ray's
+        if isinstance(ended, SystemExit) and ended.code == signal.SIGTERM:  # that was Ray's
             signal.raise_signal(signal.SIGTERM)
         raise
     finally:

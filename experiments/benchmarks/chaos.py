@@ -275,8 +275,8 @@ def _checked(options: argparse.Namespace) -> dict[str, Any]:
     if "driver" in kinds:
         raise ValueError("--kinds driver: the runs of this benchmark are not started again; --matrix has that kill")
     if options.wan is not None:
-        wan.check("--wan")
         wan.bits_per_s(options.wan)
+        wan.check("--wan")
     elif far := [kind for kind in kinds if kind in (*chaos.NETWORK, "node", "join")]:
         raise ValueError(f"--kinds {far[0]} needs hosts: give --wan RATE")
     if chosen := [each for each in options.settings if each.startswith("runtime=")]:

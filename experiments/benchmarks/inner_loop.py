@@ -72,7 +72,7 @@ def _measure(given: Any) -> dict[str, Any]:
         sides = [bare.island(settings, shards=1)]
         try:
             sides.append(bare.side(settings))
-            if given.device == "cpu":
+            if given.device == "cpu" and not given.quick:
                 sides.append(bare.side(replace(settings, in_ray=True)))
             alternate(sides, blocks=settings.blocks, block_steps=given.steps)
             rates = {side.side: _rates(side, settings) for side in sides}
