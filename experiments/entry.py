@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -45,8 +45,9 @@ def main(argv: Sequence[str], *, program: str = "diloco train") -> int:
 def leave(status: int) -> NoReturn:
     """End this process. An interrupted one at once: a Ray that was just starting would crash it on its way out."""
     if status == INTERRUPTED:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # whoever reads may be gone
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
