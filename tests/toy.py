@@ -7,10 +7,8 @@ import json
 import os
 import random
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -348,28 +346,6 @@ def assert_same_sources(found: Path, expected: Path, *, rounds: int, sources: in
             mine, theirs = (read_source(str(directory / name), source) for directory in (found, expected))
             assert mine is not None and theirs is not None
             assert all(torch.equal(mine.tensors[key], value) for key, value in theirs.tensors.items())
-
-
-@contextmanager
-def opened_when_joined(gate: Path, run: Path) -> Iterator[None]:
-    """Meanwhile make the file `gate` exist as soon as the run in directory `run` tells that an island joined."""
-
-    over = threading.Event()
-
-    def joined() -> bool:
-        return over.is_set() or ((run / "metrics.jsonl").exists() and bool(records(run, "joined")))
-
-    def watch() -> None:
-        wait_for(joined, limit_s=400.0)
-        gate.write_text("")
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
 
 
 # --- a runtime without islands, to drive a coordinator by events ---

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 VARIABLE = "DILOCO_TESTS_WARM"  # of the environment: where the socket is
 # Not Ray, which takes its settings from the environment as it is loaded.
@@ -140,7 +141,7 @@ class Forker:
         for stream in streams:
             os.close(stream)
 
-    def become(self, told: dict[str, object], streams: list[int], connection: socket.socket) -> None:
+    def become(self, told: dict[str, Any], streams: list[int], connection: socket.socket) -> None:
         """In the child: what `python default_worker.py ARGUMENTS` would be. Does not return."""
         os.setpgid(0, 0)  # Ray may kill the group of a worker
         signal.set_wakeup_fd(-1)
@@ -152,10 +153,10 @@ class Forker:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
-        os.chdir(str(told["folder"]))
+        os.chdir(told["folder"])
         os.environ.clear()
-        os.environ.update(told["environment"])  # type: ignore[call-overload]
-        sys.argv = list(told["arguments"])  # type: ignore[call-overload]
+        os.environ.update(told["environment"])
+        sys.argv = told["arguments"]
         own = [os.path.dirname(sys.argv[0]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         sys.path[:1] = [each for each in own if each]  # in place of this file's folder
         runpy.run_path(sys.argv[0], run_name="__main__")

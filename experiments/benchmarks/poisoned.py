@@ -64,6 +64,7 @@ class _PoisonedJob(Job):
     sender: Poisoned
 
     def make_store(self) -> ModuleStore:
+        """One that receives what such islands would send."""
         return _PoisonedStore(self)
 
 
@@ -73,6 +74,7 @@ class _PoisonedStore(ModuleStore):
         self._poisoner, self._codec = job.sender, job.codec
 
     def push(self, contribution: Contribution) -> Verdict:
+        """As if the bad island had encoded other values."""
         sender = self._poisoner
         if contribution.island == sender.bad and contribution.round >= sender.first_round:
             values = poisoned(self._codec.decode(contribution.payload), sender.poison)

@@ -140,7 +140,7 @@ def test_a_worker_leaves_in_order(folder: Path, tls: bool) -> None:
         assert len(leaving["leaves"]) == 1 and "worker" in leaving["leaves"][0]
         assert 0 < leaving["in_s"][0] <= DRAIN_S and end == {"alive": 1}
         # bash counts whole seconds
-        assert took_s > DRAIN_S - 1 if tls else took_s < 2 * DRAIN_S
+        assert took_s > DRAIN_S - 1 if tls else took_s < DRAIN_S + 3
         assert head.process.poll() is None, "the head goes on"
     finally:
         assert head.end() == 0, head.log.read_text()

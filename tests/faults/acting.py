@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +66,8 @@ def acting(*acts: tuple[Callable[[], bool], Callable[[], None]]) -> Iterator[Non
         actor.join()
     if errors:
         raise errors[0]
+
+
+def opened_when_joined(gate: Path, run: Path) -> AbstractContextManager[None]:
+    """Meanwhile make the file `gate` exist as soon as the run in directory `run` tells that an island joined."""
+    return acting((lambda: any(record["event"] == "joined" for record in told(run)), gate.touch))

@@ -22,8 +22,8 @@ from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
 from tests import warm
 from tests.conftest import BASE, ROOT
-from tests.faults.acting import acting, committed, told
-from tests.toy import Signalling, launch, opened_when_joined, records, warned
+from tests.faults.acting import acting, committed, opened_when_joined, told
+from tests.toy import Signalling, launch, records, warned
 
 pytestmark = pytest.mark.timeout(300)  # four nodes on this machine's cores
 
@@ -112,7 +112,7 @@ def test_an_island_whose_node_leaves_hands_all_of_its_round_over(
     places = [r["node"] for r in records(run, "process") if r["kind"] == "island" and r["island"] == island]
     assert places[0] == left[0] != places[-1]
     assert any("the node of island" in message for message in warned(run))
-    missing, *_ = [message for message in warned(run) if "no place yet for island" in message]
+    (missing,) = [message for message in warned(run) if "no place yet for island" in message]
     assert missing.startswith(f"no place yet for island {island}, which wants 1 CPU a worker: the cluster's")
 
 

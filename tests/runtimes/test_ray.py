@@ -20,13 +20,13 @@ from diloco.runtime.base import Store
 from diloco.runtime.ray_cluster import RayCluster
 from diloco.runtime.ray_refs import Pending
 from tests.conftest import BASE, Start
+from tests.faults.acting import opened_when_joined
 from tests.toy import (
     Signalling,
     WithBatchNorm,
     assert_same_sources,
     digests,
     launch,
-    opened_when_joined,
     records,
     warned,
 )

@@ -31,6 +31,7 @@ from diloco.starting import read_values
 from diloco.workers import World, join, meet
 from diloco.workload import Batch
 from tests.conftest import Start
+from tests.faults.acting import opened_when_joined
 from tests.toy import (
     Deep,
     FailingInRank1,
@@ -38,7 +39,6 @@ from tests.toy import (
     Signalling,
     digests,
     launch,
-    opened_when_joined,
     records,
     wait_for,
     warned,
